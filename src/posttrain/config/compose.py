@@ -1,0 +1,281 @@
+"""Arguments and recipe files -> the options of a run, checked, each with where it came from.
+
+Later wins: the schema's defaults, the recipes that a file names under `defaults:` or the command line chooses, the
+file's own keys, values on the command line. Every problem is collected, so that one message names them all.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+from pydantic import ValidationError
+
+from posttrain.config.arguments import COMMAND_LINE, DEFAULT, Override, Recipe, groups, packaged_recipe, parse
+from posttrain.config.describe import (
+    default_of,
+    describe_resolved,
+    is_free,
+    options,
+    sections,
+    shown,
+    type_name,
+    types_of,
+)
+from posttrain.config.ignored import options_without_effect
+from posttrain.config.schema import Config
+from posttrain.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """The options of a run. `origins` says of each where it was set last; `ignored` names those without effect."""
+
+    config: Config
+    origins: dict[str, str]
+    ignored: list[dict[str, str]]
+
+    def as_yaml(self) -> str:
+        """Every option as a recipe file that gives this config again."""
+        from omegaconf import OmegaConf
+
+        return OmegaConf.to_yaml(OmegaConf.create(_escaped(self.config.model_dump(mode="json"))))
+
+    def as_json(self) -> str:
+        values = self.config.model_dump(mode="json")
+        told = {key: {"value": _at(values, key), "origin": origin} for key, origin in self.origins.items()}
+        return json.dumps({"options": told, "translated": [], "ignored": self.ignored}, indent=2, ensure_ascii=False)
+
+    def __rich__(self) -> RenderableType:
+        return describe_resolved(self)
+
+
+def compose(arguments: list[str]) -> Resolved:
+    """The options that the arguments ask for. Raises InputError with every problem that there is."""
+    draft = _Draft()
+    files: list[Recipe] = []
+    choices: list[Override] = []
+    overrides: list[Override] = []
+    for argument in arguments:
+        with draft.collecting():
+            match parse(argument):
+                case Recipe() as file:
+                    files.append(file)
+                case Override(key=key, value=value) as given:
+                    is_choice = key in groups() and not isinstance(value, dict)
+                    (choices if is_choice else overrides).append(given)
+    chosen = _chosen(files, choices)
+    for group in groups():
+        for name in chosen.get(group, []):
+            with draft.collecting():
+                draft.put_recipe(packaged_recipe(group, name))
+    for file in files:
+        draft.put_recipe(file)
+    for override in overrides:
+        draft.put_override(override)
+    return draft.resolved()
+
+
+def _chosen(files: list[Recipe], choices: list[Override]) -> dict[str, list[str]]:
+    """Group -> recipes: a later choice replaces an earlier one, `+method=` adds to it, `~method` and null drop it."""
+    chosen: dict[str, list[str]] = {}
+    for file in files:
+        chosen |= file.choices
+    for choice in choices:
+        names = choice.text if isinstance(choice.text, list) else [choice.text] * (choice.value is not None)
+        chosen[choice.key] = [*(chosen.get(choice.key, []) if choice.sign == "+" else []), *names]
+    return chosen
+
+
+@dataclass
+class _Draft:
+    """Values by dotted key as they come in, those inside free mappings too, and what is wrong with them."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=lambda: dict.fromkeys(options(), DEFAULT))
+    problems: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        try:
+            yield
+        except InputError as error:
+            self.problems.append(str(error))
+
+    def put_recipe(self, recipe: Recipe) -> None:
+        texts = dict(_flat(recipe.texts))
+        for key, value in _flat(recipe.values):
+            self.put(key, value, texts.get(key, str(value)), recipe.origin)
+
+    def put_override(self, override: Override) -> None:
+        if override.sign == "~":
+            self.reset(override.key)
+        elif isinstance(override.value, dict):
+            for key, value in _flat({override.key: override.value}):
+                self.put(key, value, str(value), COMMAND_LINE)
+        else:
+            self.put(override.key, override.value, override.text, COMMAND_LINE)
+
+    def put(self, key: str, value: Any, text: Any, origin: str) -> None:
+        option = _option_of(key)
+        if option is None:
+            self.problems.append(_unknown(key, origin))
+            return
+        self._forget(key)
+        self.values[key] = _as_asked(option, value, text)
+        self.origins[option] = origin
+
+    def reset(self, key: str) -> None:
+        option = _option_of(key)
+        if option is None:
+            self.problems.append(_unknown(key, COMMAND_LINE))
+            return
+        self._forget(key)
+        if not any(_is_within(known, option) for known in self.values):
+            self.origins[option] = DEFAULT
+
+    def resolved(self) -> Resolved:
+        tree = self._interpolated()
+        try:
+            config = Config.model_validate(tree)
+        except ValidationError as error:
+            self.problems += _wrong_values(error, self.origins)
+        if self.problems:
+            raise InputError("\n".join(self.problems))
+        return Resolved(config, self.origins, options_without_effect(config, self.origins))
+
+    def _forget(self, key: str) -> None:
+        """Drop what `key` replaces: itself, what is inside it, what it would be inside of."""
+        self.values = {k: v for k, v in self.values.items() if not (_is_within(k, key) or _is_within(key, k))}
+
+    def _interpolated(self) -> dict[str, Any]:
+        """The whole tree with every `${...}` replaced; where one cannot be, the option keeps its default."""
+        from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+
+        def resolve(tree: Any, key: str, _value: Any) -> None:
+            found = OmegaConf.select(tree, key)
+            if OmegaConf.is_config(found):
+                OmegaConf.to_container(found, resolve=True)
+
+        tree = OmegaConf.create(Config().model_dump())
+        for step in (OmegaConf.update, resolve):  # all are set before the first is resolved: it may name a later one
+            for key, value in self.values.items():
+                try:
+                    step(tree, key, value)
+                except OmegaConfBaseException as error:
+                    option = _option_of(key) or key
+                    self.problems.append(_unresolved(key, value, self.origins[option], error))
+                    OmegaConf.update(tree, option, default_of(option))
+        return _with_text(cast(dict[str, Any], OmegaConf.to_container(tree, resolve=True)))
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) down to the options, and further inside free mappings. Empty sections say nothing."""
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        is_value = key in options() and not is_free(key)
+        if isinstance(value, dict) and value and not is_value:
+            yield from _flat(value, f"{key}.")
+        elif not (key in sections() and value in (None, {})):
+            yield key, value
+
+
+def _option_of(key: str) -> str | None:
+    """The option that the key sets: itself, or the free mapping that it is inside of."""
+    free = (option for option in options() if is_free(option) and _is_within(key, option))
+    return key if key in options() else next(free, None)
+
+
+def _is_within(key: str, other: str) -> bool:
+    return key == other or key.startswith(f"{other}.")
+
+
+def _as_asked(option: str, value: Any, text: Any) -> Any:
+    """The value, or its text where that is asked for: for text options a commit 12e4 is no float, and `true` no int."""
+    if is_free(option):
+        return value
+    if isinstance(value, list):
+        texts = text if isinstance(text, list) else map(str, value)
+        return [_as_asked(option, item, item_text) for item, item_text in zip(value, texts, strict=True)]
+    if not isinstance(value, bool | int | float):
+        return value
+    fitting = {bool} if isinstance(value, bool) else {int, float}
+    return value if types_of(option) & fitting else text
+
+
+def _with_text(tree: dict[str, Any]) -> dict[str, Any]:
+    """The tree with numbers that `${...}` brought into text options as text."""
+    for key in options():
+        section, option = key.split(".")
+        tree[section][option] = _as_asked(key, tree[section][option], str(tree[section][option]))
+    return tree
+
+
+def _at(tree: dict[str, Any], key: str) -> Any:
+    section, option = key.split(".")
+    return tree[section][option]
+
+
+def _escaped(value: Any) -> Any:
+    """The value with `${` kept from being read as an interpolation."""
+    if isinstance(value, dict):
+        return {name: _escaped(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_escaped(item) for item in value]
+    return value.replace("${", "\\${") if isinstance(value, str) else value
+
+
+def _unknown(key: str, origin: str) -> str:
+    section = key.partition(".")[0]
+    if key in groups():
+        return f"{key} ({origin}): expected options below it; a recipe is chosen by `- {key}: name` under `defaults:`."
+    near = f" Nearest: {', '.join(_nearest(key))}." if _nearest(key) else " `posttrain sft --help` lists them."
+    if "." not in key or section in sections():
+        return f"{key} ({origin}): there is no such option.{near}"
+    return f"{key} ({origin}): there is no section '{section}', only {', '.join(sections())}.{near}"
+
+
+def _nearest(key: str) -> list[str]:
+    """The options that are written alike, or whose sentence says the same words."""
+    name = key.rpartition(".")[2]
+    said = re.compile(rf"\b{re.escape(name.replace('_', ' '))}\b")
+
+    def likeness(option: str) -> float:
+        if said.search(options()[option].description or ""):
+            return 1.0
+        pairs = ((key, option), (name, option.rpartition(".")[2]))
+        return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
+
+    return [option for option in sorted(options(), key=likeness, reverse=True)[:3] if likeness(option) > 0.6]
+
+
+def _unresolved(key: str, value: Any, origin: str, error: Exception) -> str:
+    return (
+        f"{key}: found {shown(value)} ({origin}), and {str(error).splitlines()[0]}. "
+        "${section.option} means an option, ${oc.env:NAME} a variable of the environment; \\${ is taken as it stands."
+    )
+
+
+def _wrong_values(error: ValidationError, origins: dict[str, str]) -> list[str]:
+    """One line for each option that is wrong, and for each rule between options that is broken."""
+    lines: dict[str, str] = {}
+    for problem in error.errors():
+        key = ".".join(map(str, problem["loc"][:2]))
+        own_words = problem["msg"].removeprefix("Value error, ") if problem["type"] == "value_error" else None
+        if key not in options():
+            lines[key] = f"{key}: {own_words or problem['msg']}."
+            continue
+        option = options()[key]
+        found = repr(problem["input"]) if isinstance(problem["input"], str) else shown(problem["input"])
+        expected = own_words or f"expected {type_name(option.annotation, tuple(option.metadata))}"
+        lines.setdefault(key, f"{key}: found {found} ({origins[key]}), {expected}.")
+    return list(lines.values())

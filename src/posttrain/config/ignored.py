@@ -1,0 +1,82 @@
+"""Options that someone chose and that have no effect in this run, each with the reason."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from posttrain.config.arguments import COMMAND_LINE, DEFAULT
+from posttrain.config.describe import default_of
+from posttrain.config.schema import Config
+
+
+def options_without_effect(config: Config, origins: dict[str, str]) -> list[dict[str, str]]:
+    """{key, reason} of each. A default written out in a file, as in a run's own config.yaml, is nobody's choice."""
+
+    def was_chosen(key: str) -> bool:
+        section, option = key.split(".")
+        differs = getattr(getattr(config, section), option) != default_of(key)
+        return origins[key] == COMMAND_LINE or (origins[key] != DEFAULT and differs)
+
+    return [{"key": key, "reason": reason} for key, reason in _without_effect(config) if was_chosen(key)]
+
+
+def _without_effect(config: Config) -> Iterator[tuple[str, str]]:
+    yield from _of_model_and_data(config)
+    yield from _of_optim(config)
+    yield from _of_validation(config)
+    yield from _of_trainer(config)
+
+
+def _of_model_and_data(config: Config) -> Iterator[tuple[str, str]]:
+    model, data = config.model, config.data
+    if model.path and Path(model.path).is_dir():
+        yield "model.revision", "model.path is a folder, and folders have no revisions"
+    if data.messages_key:
+        for key in ("data.prompt_key", "data.response_key"):
+            yield key, "data.messages_key names the column with the whole conversation"
+    train_is_local, val_is_local = all(map(_is_local, data.train_files)), all(map(_is_local, data.val_files))
+    if train_is_local:
+        yield "data.train_split", "data.train_files names no data set on the hub"
+    if val_is_local:
+        yield "data.val_split", "data.val_files names no data set on the hub"
+    if train_is_local and val_is_local:
+        yield "data.hub_config", "no data set on the hub is used"
+
+
+def _of_optim(config: Config) -> Iterator[tuple[str, str]]:
+    schedule = config.optim.lr_scheduler_type
+    if schedule != "wsd":
+        yield "optim.wsd_decay_ratio", f"optim.lr_scheduler_type is {schedule}, not wsd"
+    if schedule == "constant":
+        yield "optim.min_lr_ratio", "a constant rate never falls to its floor"
+
+
+def _of_validation(config: Config) -> Iterator[tuple[str, str]]:
+    trainer = config.trainer
+    if config.rollout.temperature == 0:
+        yield "rollout.top_p", "at rollout.temperature=0 the likeliest token is always taken"
+    if not config.data.val_files:
+        watching = ("test_freq", "val_before_train", "num_val_generations", "best_metric", "early_stopping_patience")
+        for option in watching:
+            yield f"trainer.{option}", "there is nothing to validate on without data.val_files"
+    elif trainer.best_metric == "val_accuracy" and trainer.num_val_generations == 0:
+        yield "trainer.best_metric", "val_accuracy is measured only with trainer.num_val_generations above 0"
+
+
+def _of_trainer(config: Config) -> Iterator[tuple[str, str]]:
+    trainer = config.trainer
+    if trainer.total_training_steps is not None:
+        yield "trainer.total_epochs", "trainer.total_training_steps decides how long the run is"
+    if set(trainer.logger) <= {"console"}:
+        for option in ("project_name", "experiment_name"):
+            yield f"trainer.{option}", "trainer.logger names no tracker that would show it"
+    num_started = os.environ.get("LOCAL_WORLD_SIZE")  # by torchrun; posttrain's own launcher starts what was asked for
+    if num_started and trainer.n_gpus_per_node != int(num_started):
+        yield "trainer.n_gpus_per_node", f"torchrun already started {num_started} on this machine"
+
+
+def _is_local(name: str) -> bool:
+    """A file, a folder or an fsspec path; data.sources has the last word when it opens them."""
+    return "://" in name or Path(name).suffix in (".parquet", ".jsonl", ".json", ".arrow") or Path(name).exists()

@@ -1,0 +1,261 @@
+"""Every option: its name, type, default, unit and reason. This file is their only home, and imports no torch.
+
+The sentence below a field is what `posttrain sft --help` prints. Names follow verl's where those are sound.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+
+def expand_path(path: str) -> str:
+    """The path with `~` and `$VAR` replaced; hub names and URLs pass unchanged."""
+    return os.path.expandvars(os.path.expanduser(path))
+
+
+def _checked_path(path: str) -> str:
+    expanded = expand_path(path)
+    if not expanded:
+        raise ValueError(f"{path!r} is an empty path")
+    return expanded
+
+
+def _as_list(value: Any) -> Any:
+    if value is None:
+        return []
+    return [value] if isinstance(value, str) else value
+
+
+def _valid_frequency(value: Any) -> Any:
+    text = str(value).strip()
+    if not re.fullmatch(r"-1|[1-9]\d*(ep)?", text):
+        raise ValueError("expected a number of steps such as 100, epochs such as 2ep, or -1 for never")
+    return text if text.endswith("ep") else int(text)
+
+
+PathText = Annotated[str, AfterValidator(_checked_path)]
+PathList = Annotated[list[PathText], BeforeValidator(_as_list)]
+TextList = Annotated[list[str], BeforeValidator(_as_list)]
+Frequency = Annotated[int | str, BeforeValidator(_valid_frequency)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """A group of options: unknown names are errors, values never change after they are checked."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        validate_default=True,
+        allow_inf_nan=False,
+    )
+
+
+class ModelOptions(Section):
+    """Who learns."""
+
+    path: PathText | None = None
+    """The model: a folder, a run folder of posttrain (its best or final export is meant), or a name on the hub."""
+    tokenizer_path: PathText | None = None
+    """Where the tokenizer lies, if not in `model.path`."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub; naming a commit makes a run repeatable."""
+    random_weights: bool = False
+    """Start from random weights by `config.json` alone, for tests and for training from scratch."""
+    override_config: dict[str, Any] = {}
+    """Fields of the model's `config.json` to replace, such as `{num_hidden_layers: 2}`."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number format of forward and backward; weights and optimizer stay in float32. `auto`: bfloat16 where the device is
+    fast at it, float32 on CPU."""
+    enable_gradient_checkpointing: bool = False
+    """Keep only each block's input and compute the block again in the backward pass: about a third more time for a
+    fraction of the activation memory."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model; say yes only to authors that you trust."""
+
+
+class DataOptions(Section):
+    """From what it learns."""
+
+    train_files: PathList = []
+    """Training rows: parquet, JSON lines, JSON or Arrow files, folders of them, fsspec paths such as s3://..., or the name
+    of a data set on the hub."""
+    val_files: PathList = []
+    """Validation rows, never trained on; in the same forms as `data.train_files`."""
+    hub_config: str | None = None
+    """Configuration of a hub data set, such as `main` for openai/gsm8k."""
+    train_split: str = "train"
+    """Split of a hub data set that `data.train_files` means."""
+    val_split: str = "test"
+    """Split of a hub data set that `data.val_files` means."""
+    messages_key: str | None = None
+    """Column with a list of {role, content} messages; dots reach into structs. Not given: recognised."""
+    prompt_key: str | None = None
+    """Column with the prompt, as text or messages; dots reach into structs. Not given: recognised."""
+    response_key: str | None = None
+    """Column with the answer to `data.prompt_key`, as text. Not given: recognised."""
+    chat_template: PathText | None = None
+    """File with the chat template to use instead of the tokenizer's own; it is saved with the model."""
+    max_length: PositiveInt = 4096
+    """Longest sample in tokens. What happens to longer ones is `data.truncation`; how many there were is always printed."""
+    truncation: Literal["error", "drop", "left", "right"] = "error"
+    """What happens to a sample longer than `data.max_length`: stop, leave it out, or cut its beginning (left) or end
+    (right)."""
+    invalid_rows: Literal["error", "drop"] = "drop"
+    """What happens to a row that cannot be used: stop at the first, or leave it out. The number, the reasons and the first
+    rows of each are printed."""
+    train_batch_size: PositiveInt = 32
+    """Rows of one optimizer step, over all processes. The last batch of an epoch holds what is left."""
+    micro_batch_size_per_gpu: PositiveInt | None = None
+    """Rows of one forward pass on one device. Never changes the result. Not given: `data.max_tokens_per_gpu` decides."""
+    max_tokens_per_gpu: PositiveInt | None = None
+    """Tokens of one forward pass on one device: rows are packed up to it without padding. Never changes the result. Not
+    given: 16,384 on accelerators, 4,096 on CPU, and `data.max_length` if that is more."""
+    packing: bool = True
+    """Rows of a micro-batch share one forward pass, without seeing each other. `false` runs them one by one: slower, the
+    same result; for models whose layers carry state along the row."""
+    shuffle: bool = True
+    """Each epoch in its own order, a function of `trainer.seed` and the epoch alone; `false` keeps the files' order."""
+    num_workers: NonNegativeInt | None = None
+    """Processes that render and tokenize. Not given: one per core for large sets, none for small ones."""
+    cache_dir: PathText = "~/.cache/posttrain"
+    """Where tokenized rows are kept; a second run with the same rows, tokenizer and template starts at once."""
+
+
+class OptimOptions(Section):
+    """How the weights move: AdamW, with decay on matrices only."""
+
+    lr: PositiveFloat = 1e-5
+    """Highest learning rate."""
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    """Decay of AdamW's averages of the gradient and of its square."""
+    eps: PositiveFloat = 1e-8
+    """AdamW's guard against division by zero."""
+    weight_decay: NonNegativeFloat = 0.01
+    """Decay of matrices and embeddings; biases and norms are left alone."""
+    clip_grad: NonNegativeFloat = 1.0
+    """Largest norm of the whole gradient; 0 switches clipping off."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    """Course of the rate after warm-up: constant, a straight line or half a cosine down to the floor, or constant with a
+    straight fall at the end (warm-up, stable, decay)."""
+    lr_warmup_steps: NonNegativeInt | None = None
+    """Steps over which the rate climbs from zero."""
+    lr_warmup_steps_ratio: Share | None = None
+    """The same as a share of all steps. Neither given: 0.05."""
+    min_lr_ratio: Share = 0.0
+    """Floor of the rate as a share of `optim.lr`."""
+    wsd_decay_ratio: Share = 0.1
+    """Share of all steps in which `wsd` falls to the floor."""
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> OptimOptions:
+        if self.lr_warmup_steps is not None and self.lr_warmup_steps_ratio is not None:
+            raise ValueError("give optim.lr_warmup_steps or optim.lr_warmup_steps_ratio, not both")
+        return self
+
+
+class RolloutOptions(Section):
+    """How answers are generated in evaluation."""
+
+    max_new_tokens: PositiveInt = 512
+    """Longest answer in tokens; longer ones are cut and counted."""
+    temperature: NonNegativeFloat = 0.0
+    """0 takes the likeliest token each time; above that, tokens are drawn."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Draw only among the likeliest tokens that make up this share of the probability; no effect at temperature 0."""
+    batch_size: PositiveInt = 64
+    """Prompts answered at the same time on one device."""
+
+
+class RewardOptions(Section):
+    """How an answer is judged."""
+
+    name: Literal["gsm8k_strict", "gsm8k_flexible"] = "gsm8k_strict"
+    """gsm8k_strict: the number after `####` must be the right one. gsm8k_flexible: the last number of the answer must be."""
+
+
+class TrainerOptions(Section):
+    """How long, where, and what is kept."""
+
+    default_local_dir: PathText = "checkpoints/sft"
+    """The run folder: options, metrics, checkpoints and the finished model."""
+    project_name: str = "posttrain"
+    """Name of the project in trackers."""
+    experiment_name: str | None = None
+    """Name of this run in trackers. Not given: the name of the run folder."""
+    logger: TextList = ["console"]
+    """Where metrics go besides metrics.jsonl: console, tensorboard, wandb, mlflow, trackio, swanlab."""
+    total_epochs: PositiveInt = 1
+    """Passes over the training rows."""
+    total_training_steps: PositiveInt | None = None
+    """Optimizer steps, instead of `trainer.total_epochs`."""
+    seed: NonNegativeInt = 42
+    """Decides the order of rows, dropout, random weights and sampling."""
+    val_before_train: bool = True
+    """Validate once before the first step, to know where the run started."""
+    test_freq: Frequency = "1ep"
+    """Validate every so many steps (100) or epochs (1ep); -1 only at the end. Every validation row counts."""
+    num_val_generations: NonNegativeInt = 0
+    """Validation rows answered by generation at each validation, for the accuracy; 0 for none."""
+    best_metric: Literal["val_loss", "val_accuracy"] = "val_loss"
+    """What makes a checkpoint the best one, and what early stopping watches."""
+    early_stopping_patience: PositiveInt | None = None
+    """Stop after so many validations without a better `trainer.best_metric`. Not given: never."""
+    save_freq: Frequency = "1ep"
+    """Save a checkpoint to resume from every so many steps (100) or epochs (2ep); -1 only when the run ends or is
+    stopped."""
+    max_ckpt_to_keep: PositiveInt | None = 2
+    """Newest checkpoints that are kept, also after a restart; null keeps all. The best and the final model are always
+    kept."""
+    resume_mode: Literal["auto", "disable"] = "auto"
+    """auto: go on from the newest checkpoint in the run folder, if there is one. disable: refuse to write into a run
+    folder that holds checkpoints."""
+    log_freq: PositiveInt = 1
+    """Write training metrics every so many steps; counts and sums still cover all of them."""
+    max_skipped_steps: PositiveInt = 5
+    """A step whose loss or gradient is not finite is skipped; so many in a row stop the run."""
+    nnodes: Literal[1] = 1
+    """Machines. To use several, start posttrain under torchrun."""
+    n_gpus_per_node: PositiveInt | None = None
+    """Processes to start, one per device; on CPU they talk by gloo. Not given: one. Under torchrun, its world is used."""
+    device: Literal["auto", "cpu", "cuda", "npu"] = "auto"
+    """What to compute on; auto takes the accelerator that torch finds, else the CPU."""
+
+    @model_validator(mode="after")
+    def _accuracy_needs_answers(self) -> TrainerOptions:
+        if self.best_metric == "val_accuracy" and not self.num_val_generations:
+            raise ValueError("trainer.best_metric=val_accuracy needs trainer.num_val_generations, the rows to answer")
+        return self
+
+
+class Config(Section):
+    """All options of a run."""
+
+    model: ModelOptions = ModelOptions()
+    data: DataOptions = DataOptions()
+    optim: OptimOptions = OptimOptions()
+    trainer: TrainerOptions = TrainerOptions()
+    rollout: RolloutOptions = RolloutOptions()
+    reward: RewardOptions = RewardOptions()
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.trainer.default_local_dir)

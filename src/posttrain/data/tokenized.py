@@ -1,0 +1,285 @@
+"""The memory-mapped cache of tokenized rows: rendered once, shared by all processes, lengths known before a model loads.
+
+A folder per key, where the key covers rows, tokenizer, template and columns:
+    ids.bin      int32, all rows end to end          trained.bin  bool, the same shape
+    offsets.npy  int64 (N+1), where each row begins  rows.npy     int64 (N), its number among all rows read
+    report.json  rows read, rows left out and why, and the places of the first few of each reason
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from itertools import chain, islice
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from posttrain.data.chat import ChatTokenizer
+from posttrain.data.formats import Columns, RowError, to_conversation
+from posttrain.data.sources import Row, Source, read_rows
+from posttrain.errors import InputError
+from posttrain.records import Sample
+
+FORMAT = 1  # of the cache; a new number makes all older caches unused
+ROWS_A_CHUNK = 256
+# Workers take seconds to start, in which one process does about this many rows.
+ROWS_BEFORE_WORKERS = 8192
+PLACES_A_REASON = 5
+
+Outcome = tuple[str, tuple[np.ndarray, np.ndarray] | RowError]  # the row's place; its ids and which are trained
+
+
+@dataclass
+class Report:
+    """What became of the rows: every one is used or counted under a reason."""
+
+    rows_read: int = 0
+    rows_used: int = 0
+    rows_dropped: dict[str, int] = field(default_factory=dict)
+    places: dict[str, list[str]] = field(default_factory=dict)
+
+    def drop(self, reason: str, place: str, count: int = 1) -> None:
+        self.rows_dropped[reason] = self.rows_dropped.get(reason, 0) + count
+        if len(self.places.setdefault(reason, [])) < PLACES_A_REASON:
+            self.places[reason].append(place)
+
+
+@dataclass(frozen=True)
+class TokenizedData:
+    """Tokenized rows on disk, as a sequence of Samples. `lengths_N` and `num_trained_N` are known without reading them."""
+
+    ids: np.ndarray  # int32, memory-mapped
+    trained: np.ndarray  # bool, memory-mapped
+    begins_N: np.ndarray  # int64, after truncation
+    ends_N: np.ndarray  # int64
+    rows_N: np.ndarray  # int64, number of the row among all that were read
+    report: Report
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.begins_N)
+
+    @property
+    def lengths_N(self) -> np.ndarray:
+        return self.ends_N - self.begins_N
+
+    @cached_property
+    def num_trained_N(self) -> np.ndarray:
+        """Trained targets of each row; its first token is nobody's target."""
+        borders = np.stack([np.minimum(self.begins_N + 1, self.ends_N - 1), self.ends_N], axis=1).reshape(-1)
+        if len(borders) and borders[-1] == len(self.trained):
+            borders = borders[:-1]  # the last sum runs to the end by itself
+        sums_N = np.add.reduceat(self.trained, borders, dtype=np.int64)[::2] if len(borders) else np.zeros(0, np.int64)
+        return np.where(self.lengths_N > 1, sums_N, 0)
+
+    def __getitem__(self, index: int) -> Sample:
+        piece = slice(self.begins_N[index], self.ends_N[index])
+        return Sample(int(self.rows_N[index]), self.ids[piece], self.trained[piece].astype(np.float32))
+
+
+def load_tokenized(
+    sources: list[Source],
+    columns: Columns,
+    make_chat: Callable[[], ChatTokenizer],
+    cache_dir: str,
+    *,
+    drop_invalid: bool = True,
+    num_workers: int | None = None,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> TokenizedData:
+    """The cached rows, made first if they are not there. `make_chat` must be picklable: each worker calls it.
+
+    Raises InputError at the first bad row when `drop_invalid` is false, and when no row is left.
+    """
+    chat = make_chat()
+    key = cache_key(sources, columns, chat)
+    folder = Path(cache_dir) / "tokenized" / key
+    if not (folder / "report.json").exists():
+        chunks = _encode_all(read_rows(sources), columns, chat, make_chat, num_workers)
+        _build(folder, chunks, progress)
+    return _open(folder, key, drop_invalid, [source.name for source in sources])
+
+
+def cache_key(sources: list[Source], columns: Columns, chat: ChatTokenizer) -> str:
+    """Changes with everything that changes the ids or the masks."""
+    parts = [
+        str(FORMAT),
+        *(source.fingerprint for source in sources),
+        repr(columns),
+        chat.tokenizer.backend_tokenizer.to_str(),
+        json.dumps(chat.tokenizer.chat_template),
+        json.dumps({name: str(token) for name, token in chat.tokenizer.special_tokens_map.items()}),
+    ]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+
+
+def truncated(data: TokenizedData, max_length: int, how: str) -> TokenizedData:
+    """The rows within `max_length` tokens: longer ones cut, left out or an error, as `how` (data.truncation) says."""
+    long_N = data.lengths_N > max_length
+    begins_N, ends_N = data.begins_N.copy(), data.ends_N.copy()
+    report = Report(data.report.rows_read, 0, dict(data.report.rows_dropped), dict(data.report.places))
+    keep_N = np.ones(len(data), dtype=bool)
+    if long_N.any() and how == "error":
+        worst = int(data.lengths_N.argmax())
+        raise InputError(
+            f"{int(long_N.sum())} of {len(data)} rows are longer than data.max_length={max_length}; the longest, row "
+            f"{data.rows_N[worst]}, has {data.lengths_N[worst]} tokens. Raise data.max_length, or choose "
+            "data.truncation=drop, left or right."
+        )
+    if how == "left":
+        begins_N[long_N] = ends_N[long_N] - max_length
+    elif how == "right":
+        ends_N[long_N] = begins_N[long_N] + max_length
+    elif how == "drop":
+        keep_N = ~long_N
+        for row in data.rows_N[long_N]:
+            report.drop("longer than data.max_length", f"row {row}")
+    cut = TokenizedData(data.ids, data.trained, begins_N, ends_N, data.rows_N, report, data.fingerprint)
+    empty_N = keep_N & (cut.num_trained_N == 0)
+    for row in data.rows_N[empty_N]:
+        report.drop("no trained token left", f"row {row}")
+    keep_N &= ~empty_N
+    report.rows_used = int(keep_N.sum())
+    if not keep_N.any():
+        raise InputError(f"No row is left to train on: {_reasons(report)}")
+    return TokenizedData(
+        data.ids, data.trained, begins_N[keep_N], ends_N[keep_N], data.rows_N[keep_N], report, data.fingerprint
+    )
+
+
+def _build(folder: Path, chunks: Iterable[list[Outcome]], progress: Callable[[int], None]) -> None:
+    """Write the cache beside its place and rename it, so that a half-written one is never opened."""
+    aside = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    aside.mkdir(parents=True)
+    try:
+        report, lengths, rows = Report(), [0], []
+        with open(aside / "ids.bin", "wb") as ids, open(aside / "trained.bin", "wb") as trained:
+            for chunk in chunks:
+                for place, encoded in chunk:
+                    if isinstance(encoded, RowError):
+                        report.drop(encoded.kind, f"{place}: {encoded}")
+                    else:
+                        ids_T, trained_T = encoded
+                        ids.write(ids_T.tobytes())
+                        trained.write(trained_T.tobytes())
+                        lengths.append(len(ids_T))
+                        rows.append(report.rows_read)
+                    report.rows_read += 1
+                progress(len(chunk))
+        report.rows_used = len(rows)
+        np.save(aside / "offsets.npy", np.cumsum(np.asarray(lengths, dtype=np.int64)))
+        np.save(aside / "rows.npy", np.asarray(rows, dtype=np.int64))
+        (aside / "report.json").write_text(json.dumps(report.__dict__))
+        try:
+            aside.rename(folder)
+        except OSError:
+            if not folder.exists():
+                raise
+    except OSError as error:
+        raise InputError(f"Cannot write the cache of tokenized rows: {error}. Choose another data.cache_dir.") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _encode_all(
+    rows: Iterator[Row],
+    columns: Columns,
+    chat: ChatTokenizer,
+    make_chat: Callable[[], ChatTokenizer],
+    num_workers: int | None,
+) -> Iterator[list[Outcome]]:
+    """Chunks in the order of the rows: here while they are few, on worker processes from then on."""
+    workers = os.cpu_count() or 1 if num_workers is None else num_workers
+    head = rows if workers < 2 else islice(rows, ROWS_BEFORE_WORKERS)
+    for chunk in _chunks(head):
+        yield _encode_chunk(chat, columns, chunk)
+    rest = next(rows, None)
+    if rest is None:
+        return
+    # spawned, not forked: a fork would copy locks that the tokenizer's threads hold
+    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (make_chat, columns)) as pool:
+        yield from _in_order(pool, _chunks(chain([rest], rows)), 4 * workers)
+
+
+def _chunks(rows: Iterable[Row]) -> Iterator[tuple[Row, ...]]:
+    rows = iter(rows)
+    while chunk := tuple(islice(rows, ROWS_A_CHUNK)):
+        yield chunk
+
+
+def _in_order(pool: ProcessPoolExecutor, chunks: Iterable[tuple[Row, ...]], most_waiting: int) -> Iterator[list[Outcome]]:
+    """Results in the chunks' order, never reading far ahead of them."""
+    waiting: list[Any] = []
+    for chunk in chunks:
+        waiting.append(pool.submit(_encode_in_worker, chunk))
+        if len(waiting) >= most_waiting:
+            yield waiting.pop(0).result()
+    for future in waiting:
+        yield future.result()
+
+
+def _encode_chunk(chat: ChatTokenizer, columns: Columns, rows: Iterable[Row]) -> list[Outcome]:
+    rows = list(rows)
+    conversations = [_conversation_or_error(row, columns) for row in rows]
+    encoded = iter(chat.encode_many([c for c in conversations if not isinstance(c, RowError)]))
+    outcomes: list[Outcome] = []
+    for row, conversation in zip(rows, conversations, strict=True):
+        result = conversation if isinstance(conversation, RowError) else next(encoded)
+        outcomes.append((row.place, result if isinstance(result, RowError) else (result.ids_T, result.trained_T)))
+    return outcomes
+
+
+def _conversation_or_error(row: Row, columns: Columns) -> Any:
+    try:
+        return to_conversation(row.values, columns)
+    except RowError as error:
+        return error
+    except InputError as error:
+        raise InputError(f"{row.place}: {error}") from None
+
+
+_worker: Callable[[tuple[Row, ...]], list[Outcome]]
+
+
+def _start_worker(make_chat: Callable[[], ChatTokenizer], columns: Columns) -> None:
+    global _worker  # a worker process keeps its tokenizer between chunks
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    _worker = partial(_encode_chunk, make_chat(), columns)
+
+
+def _encode_in_worker(rows: tuple[Row, ...]) -> list[Outcome]:
+    return _worker(rows)
+
+
+def _open(folder: Path, key: str, drop_invalid: bool, names: list[str]) -> TokenizedData:
+    report = Report(**json.loads((folder / "report.json").read_text()))
+    if report.rows_read == 0:
+        raise InputError(f"{', '.join(names)}: no rows in it.")
+    if report.rows_used == 0 or (report.rows_dropped and not drop_invalid):
+        kind, places = next(iter(report.places.items()))
+        advice = "No row can be used." if report.rows_used == 0 else "Leave such rows out with data.invalid_rows=drop."
+        raise InputError(f"{places[0]} ({kind}; {report.rows_dropped[kind]} such rows). {advice}")
+    offsets = np.load(folder / "offsets.npy")
+    return TokenizedData(
+        ids=np.memmap(folder / "ids.bin", dtype=np.int32, mode="r"),
+        trained=np.memmap(folder / "trained.bin", dtype=bool, mode="r"),
+        begins_N=offsets[:-1],
+        ends_N=offsets[1:],
+        rows_N=np.load(folder / "rows.npy"),
+        report=report,
+        fingerprint=key,
+    )
+
+
+def _reasons(report: Report) -> str:
+    return "; ".join(f"{count} {reason} ({report.places[reason][0]})" for reason, count in report.rows_dropped.items())

@@ -1,0 +1,107 @@
+"""The engine: it alone owns gradients, accumulation, the count of tokens of a step, and the guard around it.
+
+Five verbs: `forward`, `forward_backward`, `optim_step`, `state`, `named_weights`. Any layout (processes, micro-batches,
+packing) gives the same numbers: a loss is a sum over the trained tokens of a whole step, divided once by their weight.
+"""
+
+# T tokens of a packed row, S tokens among them that count in the loss
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from posttrain.distributed.sharding import at_rest
+from posttrain.distributed.world import World, seed_all
+from posttrain.engine.optimizer import AdamW, StepReport
+from posttrain.losses.loss import Loss
+from posttrain.models.attention import Documents
+from posttrain.models.policy import Policy
+from posttrain.records import MicroBatch
+
+
+@dataclass(frozen=True)
+class LossReport:
+    """The loss of one step over all processes, as a tensor that nobody has waited for, and what it was taken over."""
+
+    loss: Tensor
+    total_weight: Tensor
+
+
+class Engine:
+    """A policy that learns. Every process must call every verb, with as many micro-batches as any other."""
+
+    def __init__(self, policy: Policy, world: World, make_optimizer: Callable[[Policy, World], AdamW], seed: int = 0):
+        self.policy, self.world, self.seed = policy, world, seed
+        self.optimizer = make_optimizer(policy, world)
+        self.step = 0  # optimizer steps taken or skipped
+
+    def forward(self, micro_batches: Sequence[MicroBatch]) -> list[np.ndarray]:
+        """Log-probabilities (float32, T) of each micro-batch's labels; 0 where a label has no weight. No gradients."""
+        self.policy.eval()
+        with torch.no_grad():
+            out = [self._logprobs(micro_batch).cpu().numpy() for micro_batch in micro_batches]
+        at_rest(self.policy)
+        return out
+
+    def forward_backward(self, micro_batches: Sequence[MicroBatch], loss: Loss) -> LossReport:
+        """Add the gradients of one step's loss, of which these micro-batches are this process's part."""
+        device = self.world.device.torch_device
+        local_weight = sum(float(m.weights_T.sum(dtype=np.float64)) for m in micro_batches)
+        total_weight = self.world.sum(torch.tensor(local_weight, dtype=torch.float64, device=device)).float()
+        total = torch.zeros((), device=device)
+        self.policy.train()
+        for index, micro_batch in enumerate(micro_batches):
+            seed_all(self.seed, self.step, index, self.world.rank)  # dropout is a function of where it falls
+            weights_T = torch.from_numpy(micro_batch.weights_T).to(device, non_blocking=True)
+            slope_T = loss.slope(weights_T, total_weight) if loss.slope else None
+            value = loss.value(self._logprobs(micro_batch, slope_T), weights_T, total_weight)
+            value.backward()
+            total += value.detach()
+        return LossReport(self.world.sum(total), total_weight)
+
+    def optim_step(self) -> StepReport:
+        """Clip, move the weights, clear the gradients; a gradient that is not finite moves nothing."""
+        report = self.optimizer.step(self.step)
+        self.step += 1
+        return report
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """Weights and optimizer state by name, sharing memory with the engine: what checkpoints write and fill."""
+        lm = self.policy.lm
+        tied = {name for name, _ in lm.named_parameters(remove_duplicate=False)} - {name for name, _ in lm.named_parameters()}
+        weights = {name: weight for name, weight in lm.state_dict().items() if name not in tied}
+        return {"model": weights, "optimizer": self.optimizer.state()}
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The model's whole weights, one at a time, on every process."""
+        for name, weight in self.policy.lm.state_dict().items():
+            yield name, weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+    def named_gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """The whole gradients gathered so far, one at a time, on every process."""
+        for name, parameter in self.policy.lm.named_parameters():
+            if parameter.grad is not None:
+                gradient = parameter.grad
+                yield name, gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+
+    def _logprobs(self, micro_batch: MicroBatch, slope_T: Tensor | None = None) -> Tensor:
+        """Log-probabilities (T) of the labels with weight, 0 elsewhere: only those tokens meet the vocabulary."""
+        device = self.world.device.torch_device
+        counting_S = np.flatnonzero(micro_batch.weights_T)
+        if not len(counting_S):
+            counting_S = np.zeros(1, dtype=np.int64)  # a filler takes part with one token of weight 0
+        labels_T = np.maximum(micro_batch.labels_T, 0)
+        ids_T, positions_T, labels, chosen_S = (
+            torch.from_numpy(array).to(device, non_blocking=True)
+            for array in (micro_batch.ids_T, micro_batch.positions_T, labels_T, counting_S)
+        )
+        documents = Documents.of(micro_batch.lengths_N, device)
+        slope_S = None if slope_T is None else slope_T[chosen_S]
+        logprobs_S = self.policy(ids_T, positions_T, labels, chosen_S, documents, slope_S)
+        return torch.zeros(len(ids_T), device=device).index_copy(0, chosen_S, logprobs_S)

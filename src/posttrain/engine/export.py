@@ -1,0 +1,80 @@
+"""The finished model as a transformers folder, which loads without anything of ours."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from posttrain.engine.engine import Engine
+from posttrain.errors import RunError
+
+
+def assemble(engine: Engine, dtype: torch.dtype, device: torch.device | None = None) -> Any:
+    """A plain transformers model with the engine's weights, in `dtype`. Every process must call this and gets the whole model.
+
+    On one process, in float32, it shares the engine's memory.
+    """
+    return _assemble(engine, ((name, weight.to(device, dtype)) for name, weight in engine.named_weights()))
+
+
+def export(engine: Engine, tokenizer: Any, folder: Path, dtype: torch.dtype, end_ids: Iterable[int]) -> None:
+    """Write the model, its tokenizer and its chat template to `folder`, in `dtype`. Every process must call this.
+
+    `end_ids` are the tokens that ended turns in training; generation stops at them. Raises RunError; what was in the
+    folder stays until the new model is complete.
+    """
+    world = engine.world
+    weights = {}
+    for name, weight in engine.named_weights():
+        if world.is_main:  # the others take part in gathering, and keep nothing
+            weights[name] = weight.to("cpu", dtype)
+    world.on_main(lambda: _write(_assemble(engine, weights.items()), tokenizer, folder, set(end_ids)))
+
+
+def _assemble(engine: Engine, weights: Iterable[tuple[str, Tensor]]) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    source = engine.policy.lm
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(deepcopy(source.config))
+    model.load_state_dict(dict(weights), assign=True)
+    model.tie_weights()
+    kept = dict(model.named_parameters())
+    device, dtype = next(iter(kept.values())).device, next(iter(kept.values())).dtype
+    for name, buffer in source.named_buffers():
+        if name not in kept:  # rotary frequencies are in no state dict
+            owner, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, buffer.detach().to(device))
+    model.config.dtype = dtype
+    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+    model.generation_config = deepcopy(source.generation_config)
+    return model.eval()
+
+
+def _write(model: Any, tokenizer: Any, folder: Path, end_ids: set[int]) -> None:
+    listed = model.generation_config.eos_token_id
+    known = listed if isinstance(listed, list) else [] if listed is None else [listed]
+    ends = sorted({*known, *end_ids})
+    model.generation_config.eos_token_id = ends[0] if len(ends) == 1 else ends
+    if model.generation_config.pad_token_id is None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
+    aside, before = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        shutil.rmtree(before, ignore_errors=True)
+        if folder.exists():
+            folder.rename(before)
+        aside.rename(folder)
+        shutil.rmtree(before, ignore_errors=True)
+    except Exception as error:  # safetensors raises errors of its own for a full disk
+        shutil.rmtree(aside, ignore_errors=True)
+        raise RunError(f"Writing the model to {folder} failed: {error}. Checkpoints are untouched; free space and run the "
+                       "same command again.") from None  # fmt: skip

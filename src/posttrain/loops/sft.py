@@ -1,0 +1,87 @@
+"""Supervised fine-tuning, as a loop to read in one go."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import numpy as np
+
+from posttrain.config.schema import Config
+from posttrain.distributed.device import choose_device
+from posttrain.distributed.world import World, join_world
+from posttrain.engine.build import build_engine
+from posttrain.engine.engine import Engine
+from posttrain.loops.training_data import TrainingData, open_training_data
+from posttrain.loops.training_run import TrainingRun
+from posttrain.loops.validation import validate
+from posttrain.losses.sft import sft_loss
+from posttrain.run.progress import Display
+
+
+def sft(config: Config, resolved_yaml: str, gradients_to: str | None = None) -> None:
+    """Train as the options say. `gradients_to` writes the first step's gradients to that file and stops.
+
+    Raises InputError before training where something is wrong, RunError where a run cannot go on.
+    """
+    device = choose_device(config.trainer.device)
+    dtype = device.compute_dtype(config.model.dtype)
+    with join_world(device, dtype) as world, Display(world.is_main) as display:
+        with TrainingRun.open(config, resolved_yaml, world, display) as run:
+            data = open_training_data(config, world, display)  # lengths and steps are known before a model is loaded
+            run.plan(data)
+            engine = build_engine(
+                config.model, config.optim, data.schedule.num_steps, world, dtype,
+                packing=config.data.packing, seed=config.trainer.seed,
+            )  # fmt: skip
+            run.resume(engine)
+            if gradients_to is not None:
+                engine.forward_backward(data.micro_batches(engine.step, world), sft_loss)
+                write_gradients(engine, gradients_to, display)
+                return
+            train(run, engine, data, world)
+            run.finish(engine)
+
+
+def train(run: TrainingRun, engine: Engine, data: TrainingData, world: World) -> None:
+    """Steps until the schedule ends, or something asks to stop."""
+    if engine.step == 0 and run.config.trainer.val_before_train:
+        run.judge(engine, validate(engine, data, run.config))
+    run.begin()
+    while engine.step < data.schedule.num_steps and not run.stopping:
+        started = time.perf_counter()
+        micro_batches = data.micro_batches(engine.step, world)
+        loaded = time.perf_counter()
+        loss = engine.forward_backward(micro_batches, sft_loss)
+        update = engine.optim_step()
+        run.record(engine, loss, update, micro_batches, started, loaded)
+        if run.due(run.config.trainer.test_freq, engine.step):
+            run.judge(engine, validate(engine, data, run.config))
+        if run.due(run.config.trainer.save_freq, engine.step):
+            run.save(engine)
+    run.settle(engine)
+    if not run.stopping and run.last_judged != engine.step:
+        run.judge(engine, validate(engine, data, run.config))
+
+
+def evaluate_loss(config: Config) -> dict[str, float]:
+    """The validation loss of a model, without training: what `--eval_only` prints."""
+    device = choose_device(config.trainer.device)
+    dtype = device.compute_dtype(config.model.dtype)
+    with join_world(device, dtype) as world, Display(world.is_main) as display:
+        data = open_training_data(config, world, display)
+        engine = build_engine(
+            config.model, config.optim, 1, world, dtype, packing=config.data.packing, seed=config.trainer.seed
+        )
+        return validate(engine, data, config)
+
+
+def write_gradients(engine: Engine, path: str, display: Display) -> None:
+    """Write the whole gradients (float32, by parameter name) of what the engine gathered so far as safetensors."""
+    from safetensors.torch import save_file
+
+    gradients = {name: gradient.float().cpu().contiguous() for name, gradient in engine.named_gradients()}
+    if engine.world.is_main:
+        save_file(gradients, path)
+        norm = math.sqrt(sum(float(np.square(g.double().norm().item())) for g in gradients.values()))
+        display.say(f"{len(gradients)} gradients of step {engine.step}, norm {norm:.6g}, lie in {path}")

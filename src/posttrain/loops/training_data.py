@@ -1,0 +1,172 @@
+"""The rows of a run: tokenized once by the main process, read by all, their steps known before a model is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from posttrain.config.schema import Config, DataOptions
+from posttrain.data.batches import Schedule, pack, plan_steps, split
+from posttrain.data.chat import ChatTokenizer
+from posttrain.data.formats import Columns
+from posttrain.data.sources import Source, find_sources, read_rows
+from posttrain.data.tokenized import TokenizedData, load_tokenized, truncated
+from posttrain.distributed.world import World
+from posttrain.models.load import find_model, load_tokenizer
+from posttrain.records import MicroBatch
+from posttrain.run.progress import Display
+
+VALIDATION_ROWS_A_PASS = 512
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Training and validation rows, and which rows each step takes."""
+
+    train: TokenizedData
+    val: TokenizedData | None
+    val_sources: list[Source]
+    schedule: Schedule
+    chat: ChatTokenizer
+    max_rows: int | None
+    max_tokens: int | None
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with anything that changes the rows of a step."""
+        lengths = hashlib.sha256(self.train.lengths_N.tobytes()).hexdigest()[:12]
+        plan = (self.schedule.batch_size, self.schedule.seed, self.schedule.shuffle)
+        return f"{self.train.fingerprint}-{lengths}-{'-'.join(map(str, plan))}"
+
+    @property
+    def end_ids(self) -> list[int]:
+        """The tokens that end trained turns."""
+        sample = self.train[0]
+        trained = np.flatnonzero(sample.weights_T)
+        return [int(sample.ids_T[trained[-1]])]
+
+    def micro_batches(self, step: int, world: World) -> list[MicroBatch]:
+        """This process's part of a step."""
+        return self._packed(self.train, self.schedule.rows(step), world)
+
+    def validation_passes(self, world: World) -> list[list[MicroBatch]]:
+        """Every validation row once, in passes of a few hundred."""
+        assert self.val is not None
+        rows = np.arange(len(self.val))
+        passes = [rows[i : i + VALIDATION_ROWS_A_PASS] for i in range(0, len(rows), VALIDATION_ROWS_A_PASS)]
+        return [self._packed(self.val, part, world) for part in passes]
+
+    def _packed(self, data: TokenizedData, rows: np.ndarray, world: World) -> list[MicroBatch]:
+        samples = [data[int(row)] for row in rows]
+        ranks = split([len(sample) for sample in samples], world.size, self.max_rows, self.max_tokens)
+        return [pack([samples[i] for i in documents]) for documents in ranks[world.rank]]
+
+
+def open_training_data(config: Config, world: World, display: Display) -> TrainingData:
+    """Tokenized rows and the schedule. Every process must call this. Raises InputError for what cannot be trained on."""
+    data = config.data
+    columns = Columns(data.messages_key, data.prompt_key, data.response_key)
+    make_chat = chat_maker(config)
+    train_sources, val_sources = world.on_main(lambda: _sources(data))
+
+    def tokenize(sources: list[Source], what: str) -> TokenizedData:
+        display.begin_work(f"tokenizing {what}", None)
+        try:
+            return load_tokenized(
+                sources,
+                columns,
+                make_chat,
+                data.cache_dir,
+                drop_invalid=data.invalid_rows == "drop",
+                num_workers=data.num_workers,
+                progress=display.advance,
+            )
+        finally:
+            display.end_work()
+
+    def load(sources: list[Source], what: str) -> TokenizedData:
+        world.on_main(lambda: bool(tokenize(sources, what)))  # the others find the cache made
+        return truncated(tokenize(sources, what), data.max_length, data.truncation)
+
+    train = load(train_sources, "training rows")
+    val = load(val_sources, "validation rows") if val_sources else None
+    trainer = config.trainer
+    schedule = plan_steps(
+        len(train), data.train_batch_size, trainer.total_epochs, trainer.total_training_steps, trainer.seed, data.shuffle
+    )
+    max_tokens = data.max_tokens_per_gpu
+    if max_tokens is None and data.micro_batch_size_per_gpu is None:
+        max_tokens = max(world.device.default_max_tokens, data.max_length)
+    return TrainingData(train, val, val_sources, schedule, make_chat(), data.micro_batch_size_per_gpu, max_tokens)
+
+
+def chat_maker(config: Config) -> partial[ChatTokenizer]:
+    """A picklable maker of the run's tokenizer, for worker processes."""
+    model = config.model
+    path = model.tokenizer_path or find_model(model.path)
+    return partial(make_chat, path, config.data.chat_template, model.revision, model.trust_remote_code)
+
+
+def make_chat(path: str, chat_template: str | None, revision: str | None, trust: bool) -> ChatTokenizer:
+    return ChatTokenizer(load_tokenizer(path, chat_template, revision, trust))
+
+
+def data_report(data: TrainingData) -> dict[str, Any]:
+    """data_report.json: what became of every row, and the counts of tokens."""
+    return {"train": _facts(data.train), **({"val": _facts(data.val)} if data.val else {}), **_facts(data.train)}
+
+
+def describe(data: TrainingData, config: Config, world: World) -> list[str]:
+    """The arithmetic of the run, as lines to print before it starts."""
+    schedule, lines = data.schedule, []
+    for name, rows in (("train", data.train), ("val", data.val)):
+        if rows is None:
+            continue
+        facts = _facts(rows)
+        lengths = facts["length_percentiles"]
+        lines.append(
+            f"{name}: {facts['rows_used']:,} of {facts['rows_read']:,} rows, {facts['num_tokens']:,} tokens, "
+            f"{facts['num_trained_tokens'] / facts['num_tokens']:.0%} trained; length median {lengths['50']}, "
+            f"99% {lengths['99']}, longest {lengths['100']}"
+        )
+        for reason, count in facts["rows_dropped"].items():
+            lines.append(f"  left out {count:,}: {reason}, such as {rows.report.places[reason][0]}")
+    tokens_a_step = data.train.lengths_N.mean() * schedule.batch_size
+    lines.append(
+        f"{schedule.num_steps:,} steps of {schedule.batch_size} rows (about {tokens_a_step:,.0f} tokens) = "
+        f"{schedule.num_epochs:.4g} epochs of {schedule.steps_per_epoch:,} steps, on {world.size} "
+        f"{'process' if world.size == 1 else 'processes'} ({world.device.type})"
+    )
+    return lines
+
+
+def _sources(data: DataOptions) -> tuple[list[Source], list[Source]]:
+    train = find_sources(data.train_files, "data.train_files", data.train_split, data.hub_config)
+    val = find_sources(data.val_files, "data.val_files", data.val_split, data.hub_config) if data.val_files else []
+    return train, val
+
+
+def read_validation_rows(data: TrainingData, count: int) -> list[dict[str, Any]]:
+    """The first validation rows as they were written, for answering them by generation."""
+    rows = []
+    for row in read_rows(data.val_sources):
+        if len(rows) == count:
+            break
+        rows.append(row.values)
+    return rows
+
+
+def _facts(rows: TokenizedData) -> dict[str, Any]:
+    return {
+        "rows_read": rows.report.rows_read,
+        "rows_used": len(rows),
+        "rows_dropped": rows.report.rows_dropped,
+        "examples": rows.report.places,
+        "num_tokens": int(rows.lengths_N.sum()),
+        "num_trained_tokens": int(rows.num_trained_N.sum()),
+        "length_percentiles": {str(p): int(np.percentile(rows.lengths_N, p)) for p in (1, 25, 50, 75, 99, 100)},
+    }

@@ -1,0 +1,52 @@
+"""Validation during a run: the loss over every row and, where asked for, the accuracy of generated answers."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from posttrain.config.schema import Config
+from posttrain.data.formats import Columns, to_conversation
+from posttrain.engine.engine import Engine
+from posttrain.engine.export import assemble
+from posttrain.loops.answering import answer_all, judge_all
+from posttrain.loops.training_data import TrainingData, read_validation_rows
+from posttrain.rewards.accuracy import Accuracy
+from posttrain.rollout.transformers import TransformersRollout
+
+
+def validate(engine: Engine, data: TrainingData, config: Config) -> dict[str, float]:
+    """`val_loss`, and with trainer.num_val_generations also `val_accuracy` with its interval. Every process calls this.
+
+    Empty without validation rows.
+    """
+    if data.val is None:
+        return {}
+    found = {"val_loss": _loss(engine, data)}
+    if config.trainer.num_val_generations:
+        accuracy = _accuracy(engine, data, config)
+        found |= {"val_accuracy": accuracy.share, "val_accuracy_low": accuracy.low, "val_accuracy_high": accuracy.high}
+    return found
+
+
+def _loss(engine: Engine, data: TrainingData) -> float:
+    """Mean negative log-likelihood over all trained tokens of all validation rows."""
+    sums = np.zeros(2)
+    for micro_batches in data.validation_passes(engine.world):
+        for micro_batch, logprobs_T in zip(micro_batches, engine.forward(micro_batches), strict=True):
+            weights_T = micro_batch.weights_T.astype(np.float64)
+            sums += [-(logprobs_T * weights_T).sum(), weights_T.sum()]
+    total = engine.world.sum(torch.tensor(sums, device=engine.world.device.torch_device))
+    return float(total[0] / total[1])
+
+
+def _accuracy(engine: Engine, data: TrainingData, config: Config) -> Accuracy:
+    world = engine.world
+    columns = Columns(config.data.messages_key, config.data.prompt_key, config.data.response_key)
+    rows = world.on_main(lambda: read_validation_rows(data, config.trainer.num_val_generations))
+    conversations = [to_conversation(row, columns) for row in rows]
+    dtype = world.device.compute_dtype(config.model.dtype)
+    model = assemble(engine, dtype, world.device.torch_device)
+    rollout = TransformersRollout(model, data.chat.tokenizer, config.rollout, data.end_ids, config.trainer.seed)
+    completions = answer_all(rollout, data.chat, conversations, world)
+    return Accuracy.of([answer.verdict for answer in judge_all(conversations, completions, config.reward.name)])

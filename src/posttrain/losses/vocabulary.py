@@ -1,0 +1,113 @@
+"""Log-probabilities of given tokens over a large vocabulary, computed in chunks so that full logits never exist.
+
+The logits of T tokens over V words are the largest tensor of training. Here they live a chunk at a time. Where the slope
+of the loss in each log-probability is known before the forward pass (SFT: minus the weight over the total), gradients
+are made in that same pass; otherwise the backward pass computes each chunk again.
+"""
+
+# T tokens, D hidden, V vocabulary, C tokens of a chunk
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LOGITS_A_CHUNK = 2**23
+
+
+@dataclass(frozen=True)
+class Head:
+    """How a model turns its last hidden states into logits: `softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)`."""
+
+    weight_VD: Tensor
+    bias_V: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+def token_logprobs(hidden_TD: Tensor, head: Head, labels_T: Tensor, slope_T: Tensor | None = None) -> Tensor:
+    """Log-probability (float32, T) of each label.
+
+    `slope_T` is d(loss)/d(logprob), where that is known already; the backward pass then gives the gradients of that loss
+    and ignores what flows into it, so the loss must be the one that the slope belongs to.
+    """
+    return _TokenLogprobs.apply(hidden_TD, head.weight_VD, head.bias_V, labels_T, slope_T, head.scale, head.softcap)
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_TD, weight_VD, bias_V, labels_T, slope_T, scale, softcap):  # type: ignore[override]
+        head = Head(weight_VD, bias_V, scale, softcap)
+        ctx.head, ctx.known = head, slope_T is not None
+        if ctx.known and torch.is_grad_enabled() is not None and any(ctx.needs_input_grad[:3]):
+            logprobs_T, *gradients = _with_gradients(hidden_TD, head, labels_T, slope_T)
+            ctx.save_for_backward(*gradients)
+            return logprobs_T
+        ctx.save_for_backward(hidden_TD, labels_T)
+        return _without_gradients(hidden_TD, head, labels_T)
+
+    @staticmethod
+    def backward(ctx: Any, slope_T):  # type: ignore[override]
+        if ctx.known:
+            gradients = ctx.saved_tensors
+        else:
+            hidden_TD, labels_T = ctx.saved_tensors
+            _, *gradients = _with_gradients(hidden_TD, ctx.head, labels_T, slope_T)
+        hidden_grad_TD, weight_grad_VD, *bias_grad_V = gradients
+        bias = bias_grad_V[0] if ctx.head.bias_V is not None else None
+        return hidden_grad_TD, weight_grad_VD, bias, None, None, None, None
+
+
+def _chunks(num_tokens: int, vocabulary: int) -> list[slice]:
+    size = max(16, LOGITS_A_CHUNK // vocabulary)
+    return [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]
+
+
+def _logits(hidden_CD: Tensor, head: Head) -> Tensor:
+    logits_CV = torch.nn.functional.linear(hidden_CD, head.weight_VD, head.bias_V).float()
+    if head.scale != 1.0:
+        logits_CV = logits_CV * head.scale
+    return head.softcap * torch.tanh(logits_CV / head.softcap) if head.softcap else logits_CV
+
+
+def _without_gradients(hidden_TD: Tensor, head: Head, labels_T: Tensor) -> Tensor:
+    logprobs_T = torch.empty(len(labels_T), dtype=torch.float32, device=hidden_TD.device)
+    for chunk in _chunks(len(labels_T), len(head.weight_VD)):
+        logits_CV = _logits(hidden_TD[chunk], head)
+        picked_C = logits_CV.gather(1, labels_T[chunk, None])[:, 0]
+        logprobs_T[chunk] = picked_C - logits_CV.logsumexp(1)
+    return logprobs_T
+
+
+def _with_gradients(hidden_TD: Tensor, head: Head, labels_T: Tensor, slope_T: Tensor) -> tuple[Tensor, ...]:
+    """Log-probabilities, and the gradients of hidden states, weight and bias for the given slopes."""
+    logprobs_T = torch.empty(len(labels_T), dtype=torch.float32, device=hidden_TD.device)
+    hidden_grad_TD = torch.empty_like(hidden_TD)
+    weight_grad_VD = torch.zeros_like(head.weight_VD, dtype=torch.float32)
+    bias_grad_V = torch.zeros(len(head.weight_VD), dtype=torch.float32, device=hidden_TD.device)
+    for chunk in _chunks(len(labels_T), len(head.weight_VD)):
+        hidden_CD, labels_C1 = hidden_TD[chunk], labels_T[chunk, None]
+        logits_CV = _logits(hidden_CD, head)
+        log_total_C = logits_CV.logsumexp(1)
+        logprobs_T[chunk] = logits_CV.gather(1, labels_C1)[:, 0] - log_total_C
+        # d(logprob)/d(logits) = onehot - softmax, times the slope
+        slope_C1 = slope_T[chunk, None].float()
+        bend_CV = 1 - (logits_CV / head.softcap) ** 2 if head.softcap else None
+        grad_CV = logits_CV.sub_(log_total_C[:, None]).exp_().mul_(-slope_C1)
+        grad_CV.scatter_add_(1, labels_C1, slope_C1)
+        if bend_CV is not None:
+            grad_CV *= bend_CV
+        if head.scale != 1.0:
+            grad_CV *= head.scale
+        if head.bias_V is not None:
+            bias_grad_V += grad_CV.sum(0)
+        grad_CV = grad_CV.to(hidden_TD.dtype)
+        torch.mm(grad_CV, head.weight_VD, out=hidden_grad_TD[chunk])
+        if weight_grad_VD.dtype == grad_CV.dtype:
+            weight_grad_VD.addmm_(grad_CV.T, hidden_CD)
+        else:
+            weight_grad_VD += grad_CV.T @ hidden_CD
+    return logprobs_T, hidden_grad_TD, weight_grad_VD.to(head.weight_VD.dtype), bias_grad_V.to(head.weight_VD.dtype)

@@ -1,0 +1,111 @@
+"""Attention over packed rows, inside transformers' attention interface: no token ever sees another document.
+
+On CUDA torch's variable-length flash attention; elsewhere one scaled-dot-product call per document.
+"""
+
+# T tokens of the packed row, H query heads, K key/value heads, D head dim, L tokens of one document
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from posttrain.errors import RunError
+
+PACKED = "posttrain_packed"
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Where the documents of a packed row begin and end. `borders` is int32 on the device, num_documents + 1 long."""
+
+    lengths: tuple[int, ...]
+    borders: Tensor
+
+    @classmethod
+    def of(cls, lengths: tuple[int, ...], device: torch.device) -> Documents:
+        borders = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        return cls(lengths, borders.to(device, non_blocking=True))
+
+
+def packed_attention(
+    module: nn.Module,
+    query_1HTD: Tensor,
+    key_1KTD: Tensor,
+    value_1KTD: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    documents: Documents | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each document; what transformers calls in place of its own. Returns (1, T, H, D)."""
+    if documents is None or s_aux is not None or attention_mask is not None:
+        raise RunError(
+            f"{type(module).__name__} cannot attend over packed rows: it uses "
+            f"{'attention sinks' if s_aux is not None else 'masks of its own'}. Set data.packing=false."
+        )
+    flash = query_1HTD.is_cuda and not softcap and not dropout and query_1HTD.dtype != torch.float32
+    attend = _varlen if flash else _per_document
+    return attend(query_1HTD, key_1KTD, value_1KTD, documents, scaling, sliding_window, softcap, dropout), None
+
+
+AttentionInterface.register(PACKED, packed_attention)
+
+
+def _varlen(query, key, value, documents: Documents, scaling, sliding_window, softcap, dropout) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    options: dict[str, Any] = {"scale": scaling, "window_size": ((sliding_window or 0) - 1, 0)}
+    if query.shape[1] != key.shape[1]:
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            options["enable_gqa"] = True
+        else:
+            key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
+    longest = max(documents.lengths)
+    rows = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
+    out = varlen_attn(*rows, documents.borders, documents.borders, longest, longest, **options)
+    assert isinstance(out, Tensor)
+    return out[None]
+
+
+def _per_document(query, key, value, documents: Documents, scaling, sliding_window, softcap, dropout) -> Tensor:
+    lengths = list(documents.lengths)
+    if query.shape[1] != key.shape[1]:
+        key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
+    out = []
+    for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True):
+        length = q.shape[2]
+        if softcap:
+            out.append(_eager(q, k, v, scaling, sliding_window, softcap, dropout))
+        elif sliding_window is not None and sliding_window < length:
+            mask = _window(length, sliding_window, q.device)
+            out.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling))
+        else:
+            out.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, scale=scaling))
+    return torch.cat(out, dim=2).transpose(1, 2)
+
+
+def _eager(q, k, v, scaling, sliding_window, softcap: float, dropout: float) -> Tensor:
+    """Attention whose scores pass through `softcap * tanh(scores / softcap)` (Gemma 2), which no fused call offers."""
+    scores = (q @ k.transpose(-1, -2)) * (scaling if scaling is not None else q.shape[-1] ** -0.5)
+    scores = softcap * torch.tanh(scores / softcap)
+    length = q.shape[2]
+    scores = scores.masked_fill(~_window(length, sliding_window or length, q.device), float("-inf"))
+    return F.dropout(scores.softmax(-1, dtype=torch.float32).to(q.dtype), dropout) @ v
+
+
+def _window(length: int, window: int, device: torch.device) -> Tensor:
+    """True where a query (row) may look: at itself and the window - 1 tokens before it."""
+    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
+    return (distance >= 0) & (distance < window)

@@ -1,0 +1,108 @@
+"""Model paths -> tokenizers and models: a folder, a run of posttrain, a name on the hub, or a config alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from posttrain.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+EXPORTS = ("checkpoint-best", "checkpoint-final")  # of a run folder, the one to use first
+WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+
+
+def find_model(path: str | None, option: str = "model.path") -> str:
+    """The folder or hub name behind a path; for a run folder its best export, else its final one. Raises InputError."""
+    if not path:
+        raise InputError(f"{option} is missing: give a model folder, a run folder, or a name on the hub.")
+    folder = Path(path)
+    if not folder.exists():
+        if path.startswith(("/", "./", "../", "~")) or path.count("/") != 1:
+            raise InputError(f"{option}: {path} does not exist.")
+        return path
+    if folder.is_file():
+        raise InputError(f"{option}: {path} is a file; expected a folder with config.json.")
+    if (folder / "config.json").exists():
+        return path
+    for export in EXPORTS:
+        if (folder / export / "config.json").exists():
+            return str(folder / export)
+    if (folder / "run.json").exists():
+        raise InputError(f"{option}: the run {path} has no finished model yet; resume it first, to its end.")
+    raise InputError(f"{option}: {path} holds no config.json, so it is not a model folder of transformers.")
+
+
+def load_tokenizer(path: str, chat_template: str | None = None, revision: str | None = None, trust: bool = False) -> Any:
+    """The tokenizer of a model, with the template of the file `chat_template` if one is given."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust)
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(f"No tokenizer could be loaded from {path}: {_first_line(error)}") from None
+    if chat_template:
+        try:
+            tokenizer.chat_template = Path(chat_template).read_text()
+        except OSError as error:
+            raise InputError(f"data.chat_template: {error}") from None
+    return tokenizer
+
+
+def load_model(
+    path: str,
+    *,
+    dtype: torch.dtype,
+    random_weights: bool = False,
+    override_config: dict[str, Any] | None = None,
+    revision: str | None = None,
+    trust: bool = False,
+    seed: int = 0,
+) -> Any:
+    """A causal language model on the CPU, its weights in `dtype`. Random weights are a function of the seed."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(path, override_config, revision, trust)
+    if random_weights:
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)
+    folder = Path(path)
+    if folder.is_dir() and not any(next(folder.glob(pattern), None) for pattern in WEIGHT_FILES):
+        raise InputError(
+            f"{path} has no weights ({', '.join(WEIGHT_FILES)}). To start from random ones, say model.random_weights=true."
+        )
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=dtype, revision=revision, trust_remote_code=trust, output_loading_info=True
+        )
+    except Exception as error:  # broken files raise errors of many libraries
+        raise InputError(f"The weights of {path} cannot be loaded: {type(error).__name__}: {_first_line(error)}") from None
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise InputError(f"{path} lacks {len(missing)} of the model's weights, such as {missing[0]}.")
+    return model
+
+
+def load_config(path: str, override: dict[str, Any] | None, revision: str | None = None, trust: bool = False) -> Any:
+    """The model's configuration with fields replaced; unknown fields are refused."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust)
+    except (OSError, ValueError, json.JSONDecodeError) as error:
+        raise InputError(f"No model configuration could be loaded from {path}: {_first_line(error)}") from None
+    for name, value in (override or {}).items():
+        if not hasattr(config, name):
+            raise InputError(f"model.override_config.{name}: {type(config).__name__} has no such field.")
+        setattr(config, name, value)
+    if override and "num_hidden_layers" in override and getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[: config.num_hidden_layers]
+    return config
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

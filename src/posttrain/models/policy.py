@@ -1,0 +1,106 @@
+"""A causal language model seen as what training needs of it: the log-probability of each next token."""
+
+# T tokens of a packed row, S tokens among them that count, D hidden
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from posttrain.errors import InputError
+from posttrain.losses.vocabulary import Head, token_logprobs
+from posttrain.models.attention import PACKED, Documents
+
+PROBE_LENGTHS = (7, 5)
+# largest difference in float32; mean difference in bfloat16, whose kernels round differently
+PROBE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+
+
+class Policy(nn.Module):
+    """Wraps a transformers causal LM. With `packing` documents share a forward pass, else each has its own."""
+
+    def __init__(self, lm: Any, packing: bool = True):
+        super().__init__()
+        self.lm = lm
+        self.packing = packing
+        if packing:
+            _use_attention(lm, PACKED)
+
+    def forward(
+        self,
+        ids_T: Tensor,
+        positions_T: Tensor,
+        labels_T: Tensor,
+        chosen_S: Tensor,
+        documents: Documents,
+        slope_S: Tensor | None = None,
+    ) -> Tensor:
+        """Log-probabilities (float32, S) of the labels at the positions `chosen_S`; see `token_logprobs` for the slope."""
+        hidden_TD = self._hidden(ids_T, positions_T, documents)
+        return token_logprobs(hidden_TD.index_select(0, chosen_S), self.head(), labels_T[chosen_S], slope_S)
+
+    def head(self) -> Head:
+        """The output layer, with the scaling that some families add (Gemma 2, Cohere, Granite)."""
+        layer, config = self.lm.get_output_embeddings(), self.lm.config
+        scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+        softcap = getattr(config, "final_logit_softcapping", None)
+        return Head(layer.weight, getattr(layer, "bias", None), float(scale), softcap)
+
+    def reference_logprobs(self, ids_T: Tensor, labels_T: Tensor, lengths: list[int]) -> Tensor:
+        """What transformers itself computes, with its plainest attention, one document at a time; for comparison."""
+        chosen = self.lm.config._attn_implementation
+        _use_attention(self.lm, "eager")
+        logits = [self.lm(input_ids=ids[None], use_cache=False).logits[0] for ids in ids_T.split(lengths)]
+        _use_attention(self.lm, chosen)
+        return torch.cat(logits).float().log_softmax(-1).gather(1, labels_T[:, None])[:, 0]
+
+    def _hidden(self, ids_T: Tensor, positions_T: Tensor, documents: Documents) -> Tensor:
+        body = self.lm.base_model
+        if self.packing:
+            out = body(input_ids=ids_T[None], position_ids=positions_T[None], documents=documents, use_cache=False)
+            return out.last_hidden_state[0]
+        lengths = list(documents.lengths)
+        pieces = zip(ids_T.split(lengths), positions_T.split(lengths), strict=True)
+        each = [body(input_ids=i[None], position_ids=p[None], use_cache=False).last_hidden_state[0] for i, p in pieces]
+        return torch.cat(each)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The repeated layers, the unit of sharding and of recomputation."""
+        for module in self.lm.base_model.modules():
+            if isinstance(module, nn.ModuleList) and len(module) and type(module[0]).__name__.endswith("Layer"):
+                return list(module)
+        raise InputError(f"{type(self.lm).__name__}: no list of layers was found; is it a causal language model?")
+
+
+def _use_attention(lm: Any, implementation: str) -> None:
+    try:
+        lm.set_attn_implementation(implementation)
+    except ValueError as error:
+        raise InputError(f"{type(lm).__name__} does not take our packed attention. Set data.packing=false. ({error})") from None
+
+
+@torch.no_grad()
+def check_policy(policy: Policy, device: torch.device) -> None:
+    """Compare our log-probabilities of two packed documents with transformers' own. Every rank must call this.
+
+    Raises InputError where they differ: a model whose layers carry state across documents, or which changes its logits in
+    a way unknown here, would train on something else than it computes in use.
+    """
+    ids_T = torch.arange(3, 3 + 11 * sum(PROBE_LENGTHS), 11, device=device) % len(policy.head().weight_VD)
+    positions_T = torch.cat([torch.arange(length, device=device) for length in PROBE_LENGTHS])
+    labels_T, every_T = ids_T.roll(-1), torch.arange(len(ids_T), device=device)
+    was_training = policy.training
+    policy.eval()
+    ours_T = policy(ids_T, positions_T, labels_T, every_T, Documents.of(PROBE_LENGTHS, device))
+    theirs_T = policy.reference_logprobs(ids_T, labels_T, list(PROBE_LENGTHS))
+    policy.train(was_training)
+    gap_T = (ours_T - theirs_T).abs()
+    gap = float(gap_T.max() if policy.lm.dtype == torch.float32 else gap_T.mean())
+    if not gap < PROBE_TOLERANCE[ours_T.dtype if policy.lm.dtype == torch.float32 else torch.bfloat16]:
+        raise InputError(
+            f"{type(policy.lm).__name__}: log-probabilities of packed documents differ from the model's own by {gap:.2g}. "
+            + ("Set data.packing=false." if policy.packing else "This model's output layer is not supported yet.")
+        )

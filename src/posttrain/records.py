@@ -1,0 +1,91 @@
+"""The four things that travel through posttrain, and nothing else does.
+
+    row -> Conversation -> Sample -> MicroBatch            (training)
+    row -> Conversation -> prompt ids -> Completion        (evaluation, rollouts)
+
+Shape suffixes: T tokens of a row or of a packed micro-batch, N documents packed into it.
+Arrays are numpy: data is prepared without torch, and the engine alone knows devices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One row as messages, in OpenAI's form, with what judging an answer needs.
+
+    >>> Conversation([{"role": "user", "content": "3+4?"}, {"role": "assistant", "content": "#### 7"}], ground_truth="7")
+    """
+
+    messages: list[dict[str, Any]]
+    ground_truth: str | None = None
+    data_source: str | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One tokenized row. `weights_T[t]` says how much token t counts as a target: 0 is untrained, 1 is trained.
+
+    >>> Sample(row=0, ids_T=np.array([5, 6, 7]), weights_T=np.array([0, 1, 1]))
+    """
+
+    row: int
+    ids_T: np.ndarray  # int32
+    weights_T: np.ndarray  # float32
+
+    def __len__(self) -> int:
+        return len(self.ids_T)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Documents packed into one row for one forward pass. Labels are already shifted, inside each document only.
+
+    `weights_T[t]` belongs to `labels_T[t]`, the token after t; the last token of a document has weight 0.
+    A micro-batch without documents holds one token of weight 0: a rank without rows still joins every collective.
+    """
+
+    ids_T: np.ndarray  # int64
+    labels_T: np.ndarray  # int64, IGNORED_LABEL where there is nothing to predict
+    weights_T: np.ndarray  # float32
+    positions_T: np.ndarray  # int64, from 0 in each document
+    lengths_N: tuple[int, ...]  # tokens of each document, in order
+    rows_N: tuple[int, ...]  # where each document came from; empty for a filler
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens; a filler has none."""
+        return len(self.ids_T) if self.rows_N else 0
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Part of a completion: what the model wrote (trained) or what a tool answered (not)."""
+
+    ids_T: np.ndarray  # int32
+    logprobs_T: np.ndarray | None = None  # float32
+    trained: bool = True
+
+
+@dataclass(frozen=True)
+class Completion:
+    """An answer as the model gave it: ids, never re-tokenized, and the text they decode to.
+
+    >>> Completion(prompt_ids_T=np.array([1, 2]), segments=[Segment(np.array([3]))], text="7", stopped=True)
+    """
+
+    prompt_ids_T: np.ndarray  # int32
+    segments: list[Segment] = field(default_factory=list)
+    text: str = ""
+    stopped: bool = True  # False: cut at the length limit
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(segment.ids_T) for segment in self.segments)
