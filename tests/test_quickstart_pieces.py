@@ -13,7 +13,7 @@ from posttrain.quickstart.tiny import write_tiny_model
 from posttrain.rewards.gsm8k import final_answer, judge_strict
 from posttrain.rewards.verdict import Verdict
 
-STEP = re.compile(r"(\d+)([-+*/])(\d+)=<<(\1\2\3)=(\d+)>>(\5) [a-z]+")
+STEP = re.compile(r"(\d+)([-+*/])(\d+)=<<(\1\2\3)=(\d+)>>(\5)")
 RESULT: dict[str, Callable[[int, int], float]] = {
     "+": lambda a, b: a + b,
     "-": lambda a, b: a - b,

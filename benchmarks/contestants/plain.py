@@ -100,10 +100,10 @@ def main(setting: Setting) -> None:
         batch = samples[start : start + setting.batch_rows]
         num_trained = sum(int((labels != IGNORED).sum()) for _, labels in batch)
         loss = sum(forward_backward(model, micro_batch, num_trained) for micro_batch in pack(batch))
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), setting.clip_grad, foreach=True)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), setting.clip_grad, foreach=True)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        log.write(step, float(loss), sum(len(ids) for ids, _ in batch), grad_norm=float(norm))
+        log.write(step, float(loss), sum(len(ids) for ids, _ in batch))
 
 
 if __name__ == "__main__":

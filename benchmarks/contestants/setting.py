@@ -1,9 +1,10 @@
-"""What all contestants share: the same model, the same rows, the same trained tokens, and one line a step to be timed by."""
+"""What all contestants share: the same model, the same rows, the same trained tokens, and one line a step."""
 
 from __future__ import annotations
 
 import json
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,13 +53,15 @@ class Setting:
 
 
 class StepLog:
-    """One line a step, flushed at once: when it appears is what the step is timed by."""
+    """metrics.jsonl as posttrain writes it: one line a step, whose seconds run from the end of the step before."""
 
     def __init__(self, setting: Setting) -> None:
         self.file = setting.metrics.open("w")
+        self.ended = time.perf_counter()
 
-    def write(self, step: int, loss: float, num_tokens: int, **more: float) -> None:
-        line = {"step": step, "phase": "train", "loss": loss, "num_tokens": num_tokens, **more}
+    def write(self, step: int, loss: float, num_tokens: int) -> None:
+        seconds, self.ended = time.perf_counter() - self.ended, time.perf_counter()
+        line = {"step": step, "phase": "train", "loss": loss, "num_tokens": num_tokens, "step_seconds": seconds}
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
 
@@ -85,9 +88,9 @@ def prepare(folder: Path, data: Path, num_rows: int, vocabulary: str) -> tuple[P
     tokenizer = AutoTokenizer.from_pretrained(data / "tokenizers" / "Qwen2.5")
     tokenizer.chat_template = (data / TEMPLATE).read_text()
     if vocabulary == "small":
-        num_control = len(tokenizer.added_tokens_encoder)
+        num_added_later = sum(not token.special for token in tokenizer.added_tokens_decoder.values())
         texts = [problem[key] for problem in problems for key in ("question", "answer")]
-        tokenizer = tokenizer.train_new_from_iterator(texts, 8192 - num_control, show_progress=False)
+        tokenizer = tokenizer.train_new_from_iterator(texts, 8192 - num_added_later, show_progress=False)
     config = Qwen2Config(
         **SHAPE, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )

@@ -171,4 +171,3 @@ def _schema() -> pa.Schema:
             "extra_info": pa.struct({"split": text, "index": pa.int64(), "question": text, "answer": text}),
         }
     )
-

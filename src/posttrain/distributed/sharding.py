@@ -16,7 +16,9 @@ def prepare(policy: Policy, world: World, dtype: torch.dtype, gradient_checkpoin
     processes, not averaged: the loss is divided by its number of tokens already.
     """
     if gradient_checkpointing:
-        policy.lm.gradient_checkpointing_enable({"use_reentrant": False})
+        lm = policy.lm  # transformers renames the method from 5.23 on
+        enable = getattr(lm, "activation_checkpointing_enable", lm.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
     if world.mesh is None:
         return policy.to(world.device.torch_device)
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)

@@ -97,6 +97,7 @@ def join_world(device: Device, dtype: torch.dtype = torch.float32) -> Iterator[W
     try:
         mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
         yield World(device, dist.get_rank(), size, mesh)
+        dist.barrier()  # nobody leaves while another still talks
     finally:
         dist.destroy_process_group()
 

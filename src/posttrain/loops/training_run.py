@@ -75,6 +75,8 @@ class TrainingRun:
                 folder.write("config.yaml", resolved_yaml)
             try:
                 yield run
+            except RunStopped:
+                raise
             except BaseException as error:
                 display.end_work()
                 if world.is_main and run.state.total_steps:

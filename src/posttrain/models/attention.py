@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from posttrain.errors import RunError
+from posttrain.errors import InputError
 
 PACKED = "posttrain_packed"
 
@@ -51,10 +51,8 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention within each document; what transformers calls in place of its own. Returns (1, T, H, D)."""
     if documents is None or s_aux is not None or attention_mask is not None:
-        raise RunError(
-            f"{type(module).__name__} cannot attend over packed rows: it uses "
-            f"{'attention sinks' if s_aux is not None else 'masks of its own'}. Set data.packing=false."
-        )
+        cause = "uses attention sinks" if s_aux is not None else "brings masks of its own or hides where documents end"
+        raise InputError(f"{type(module).__name__} cannot attend over packed rows: it {cause}. Set data.packing=false.")
     flash = query_1HTD.is_cuda and not softcap and not dropout and query_1HTD.dtype != torch.float32
     attend = _varlen if flash else _per_document
     return attend(query_1HTD, key_1KTD, value_1KTD, documents, scaling, sliding_window, softcap, dropout), None

@@ -64,9 +64,11 @@ def load_model(
 ) -> Any:
     """A causal language model on the CPU, its weights in `dtype`. Random weights are a function of the seed."""
     import torch
+    import transformers
     from transformers import AutoModelForCausalLM
 
     config = load_config(path, override_config, revision, trust)
+    transformers.utils.logging.disable_progress_bar()  # the run has a live line of its own
     if random_weights:
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)

@@ -26,7 +26,7 @@ CHAT_TEMPLATE = (
 
 
 def write_tiny_model(folder: Path, texts: Iterable[str], seed: int) -> None:
-    """Write a transformers folder: a tokenizer that knows the words of `texts`, and random weights drawn with `seed`."""
+    """Write a transformers folder: a tokenizer of the words of `texts`, and random weights drawn with `seed`."""
     import torch
     from transformers import GenerationConfig, Qwen2ForCausalLM
 
@@ -70,7 +70,7 @@ def _config(tokenizer: PreTrainedTokenizerBase) -> Qwen2Config:
         max_position_embeddings=1024,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=tokenizer.convert_tokens_to_ids(END_OF_TURN),
-        pad_token_id=tokenizer.convert_tokens_to_ids(PADDING),
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
         dtype="float32",
     )
