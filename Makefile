@@ -10,7 +10,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/posttrain quickstart
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PYTEST_ARGUMENTS)
 
 install: $(VENV)/.installed
 

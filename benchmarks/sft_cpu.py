@@ -235,7 +235,13 @@ def verdict(rows: list[dict[str, Any]]) -> str:
     if not ratios.get("posttrain"):
         return "posttrain did not run: no comparison"
     equals = {name: ratio for name, ratio in ratios.items() if name.startswith("trl") and name != NOT_EQUAL_LEARNING}
-    lines = [f"posttrain is {min(equals.values()):.2f} x TRL's best mode that learns the same ({min(equals, key=equals.get)})"] if equals else []
+    lines = (
+        [
+            f"posttrain is {min(equals.values()):.2f} x TRL's best mode that learns the same ({min(equals, key=equals.get)})"
+        ]
+        if equals
+        else []
+    )
     if "plain packed loop" in ratios:
         lines.append(f"{ratios['plain packed loop']:.0%} of the plain packed loop")
     return "; ".join(lines)
@@ -308,7 +314,11 @@ def compare_learning(settings: Callable[[str], Setting], names: list[str], threa
 
 
 def main(
-    data: Path = typer.Option(BENCHMARKS.parents[1] / "shared" / "data", envvar="POSTTRAIN_TEST_DATA", help="Folder with gsm8k/, tokenizers/ and templates/."),
+    data: Path = typer.Option(
+        BENCHMARKS.parents[1] / "shared" / "data",
+        envvar="POSTTRAIN_TEST_DATA",
+        help="Folder with gsm8k/, tokenizers/ and templates/.",
+    ),
     learning: bool = typer.Option(False, help="Compare losses step by step instead of speed."),
     rows: int = typer.Option(192, help="Conversations, the first of GSM8K's train set."),
     vocabulary: str = typer.Option("small", help="small: 8,192 words, trained on GSM8K. full: Qwen2.5's 151,665."),

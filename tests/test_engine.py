@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import CONFIGS, clear, gradients, make_engine, packed, random_samples, tiny_lm, worst_gap
 
 from posttrain.data.batches import pack
 from posttrain.errors import InputError
 from posttrain.losses.sft import sft_loss
 from posttrain.records import Sample
+from tiny import CONFIGS, clear, gradients, make_engine, packed, random_samples, tiny_lm, worst_gap
 
 LOSS_GAP = 1e-6
 GRADIENT_GAP = 1e-5
@@ -62,7 +62,9 @@ def test_unpacked_and_recomputed_passes_equal_the_packed_one(options):
     assert worst_gap(found, expected) < GRADIENT_GAP
 
 
-@pytest.mark.parametrize("limits", [{"max_rows": n} for n in (1, 2, 3, 5)] + [{"max_tokens": n} for n in (30, 64)], ids=str)
+@pytest.mark.parametrize(
+    "limits", [{"max_rows": n} for n in (1, 2, 3, 5)] + [{"max_tokens": n} for n in (30, 64)], ids=str
+)
 def test_any_micro_batch_split_gives_the_same_gradients(limits):
     samples = random_samples(11, seed=2)
     loss, expected = step(tiny_lm(), packed(samples))

@@ -5,12 +5,12 @@ import os
 import pytest
 import torch
 import torch.multiprocessing as mp
-from tiny import CONFIGS, gradients, make_engine, packed, random_samples, tiny_lm, worst_gap
 
 from posttrain.distributed.device import choose_device
 from posttrain.distributed.world import join_world
 from posttrain.errors import InputError
 from posttrain.losses.sft import sft_loss
+from tiny import CONFIGS, gradients, make_engine, packed, random_samples, tiny_lm, worst_gap
 
 STEPS = 3
 # rows: two steps of many, one with fewer rows than processes (some get a filler)

@@ -8,8 +8,9 @@ import time
 
 import pytest
 import torch
-from conftest import Command, records
 from safetensors.torch import load_file
+
+from conftest import Command, records
 from tiny import worst_gap
 
 
@@ -33,7 +34,9 @@ def test_a_run_says_and_writes_what_it_did(finished):
     lines = done.stdout.splitlines()
     assert any(line.startswith("Epoch 1: loss=") for line in lines)
     assert any(line.startswith("Epoch 2: loss=") for line in lines)
-    assert "200 of 200 rows" in done.stdout and "checkpoint-final" in done.stdout and "posttrain evaluate" in done.stdout
+    assert (
+        "200 of 200 rows" in done.stdout and "checkpoint-final" in done.stdout and "posttrain evaluate" in done.stdout
+    )
     state = json.loads((run / "run.json").read_text())
     assert (state["status"], state["step"], state["total_steps"]) == ("finished", 26, 26)
     train = records(run)
@@ -84,7 +87,9 @@ def test_eval_only_gives_the_validation_loss_of_the_run(finished, posttrain):
 
 def test_evaluate_and_generate_write_their_answers(finished, posttrain, tiny):
     run, _ = finished
-    found = json.loads(posttrain("evaluate", "--model_path", run, "--test_file", tiny / "test.parquet", "--json").stdout)
+    found = json.loads(
+        posttrain("evaluate", "--model_path", run, "--test_file", tiny / "test.parquet", "--json").stdout
+    )
     assert found["num_problems"] == 40 and 0 <= found["low"] <= found["accuracy"] <= found["high"] <= 1
     lines = [json.loads(line) for line in (run / "evaluation.jsonl").read_text().splitlines()]
     assert len(lines) == 40 and sum(line["verdict"] == "right" for line in lines) == found["num_correct"]

@@ -45,7 +45,9 @@ def alone() -> World:
     return World(choose_device("cpu"))
 
 
-def make_engine(lm, world: World | None = None, *, packing: bool = True, checkpointing: bool = False, **optim) -> Engine:
+def make_engine(
+    lm, world: World | None = None, *, packing: bool = True, checkpointing: bool = False, **optim
+) -> Engine:
     world = world or alone()
     policy = prepare(Policy(lm, packing), world, torch.float32, checkpointing)
     check_policy(policy, world.device.torch_device)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from posttrain import __version__
-from posttrain.errors import InputError, RunError
+from posttrain.errors import InputError, RunError, RunStopped
 
 if TYPE_CHECKING:
     from posttrain.config.compose import Resolved
@@ -38,10 +38,13 @@ Model = Annotated[
 
 @app.command(context_settings={"help_option_names": []})
 def sft(
+    context: typer.Context,
     options: Overrides = None,
     model: Model = None,
     data_path: Annotated[str | None, typer.Option("--data_path", help="Short for data.train_files=.")] = None,
-    output_dir: Annotated[str | None, typer.Option("--output_dir", help="Short for trainer.default_local_dir=.")] = None,
+    output_dir: Annotated[
+        str | None, typer.Option("--output_dir", help="Short for trainer.default_local_dir=.")
+    ] = None,
     eval_only: Annotated[bool, typer.Option("--eval_only", help="Print the validation loss of --checkpoint.")] = False,
     print_config: Annotated[bool, typer.Option("--print_config", help="Print the resolved options and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable output.")] = False,
@@ -52,7 +55,7 @@ def sft(
 ) -> None:
     """Fine-tune a chat model on conversations (supervised fine-tuning)."""
     if help_:
-        _print_help()
+        _print_help(context)
         return
     given = {"model.path": model, "data.train_files": data_path, "trainer.default_local_dir": output_dir}
     resolved = _resolve(options, given, model if eval_only else None)
@@ -162,8 +165,11 @@ def data_prepare(
 
     if name not in PREPARE:
         raise InputError(f"There is no preparation for '{name}'; there is {', '.join(PREPARE)}.")
-    for split, rows in PREPARE[name](local_dataset_path, local_save_dir).items():
-        print(f"{split}: {rows}")
+    summary = PREPARE[name](local_dataset_path, local_save_dir)
+    for note in summary.pop("notes"):
+        print(note)
+    for split, made in summary.items():
+        print(f"{split}: {made['rows']:,} rows from {', '.join(made['sources'])} -> {made['file']}")
 
 
 @data_app.command("show")
@@ -229,7 +235,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _main(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     pass
 
@@ -243,26 +251,24 @@ def main() -> None:
 
 
 def _exit_code(command: Callable[[], object]) -> int:
-    import click
-
     try:
         result = command()
         return result if isinstance(result, int) else 0
     except (InputError, RunError) as error:
         _complain(error)
         return 2 if isinstance(error, InputError) else 3
-    except click.exceptions.Exit as error:
+    except RunStopped as error:
+        _complain(error)
+        return 128 + error.signal_number
+    except typer.Exit as error:
         return error.exit_code
-    except click.ClickException as error:
-        error.show()
-        return 2
-    except (KeyboardInterrupt, click.exceptions.Abort):
-        print("Stopped before anything was saved.", file=sys.stderr)
+    except (KeyboardInterrupt, typer.Abort):
+        _complain(RunError("Stopped before anything was saved."))
         return 130
     except Exception as error:
-        if type(error).__name__ == "RunStopped":  # imported only where a run was
-            _complain(error)
-            return 128 + int(getattr(error, "signal_number", 2))
+        if hasattr(error, "show") and hasattr(error, "exit_code"):  # a wrong flag, as typer's own kind of error
+            error.show()
+            return error.exit_code
         if os.environ.get("POSTTRAIN_TRACEBACK"):
             raise
         _complain(RunError(f"{type(error).__name__}: {error}\nSet POSTTRAIN_TRACEBACK=1 to see where."))
@@ -293,6 +299,10 @@ def _resolve(options: list[str] | None, given: dict[str, str | None], model: str
 
 
 def _check_needed(resolved: Resolved, needs_val: bool) -> None:
+    """Raise InputError where something that a run needs is not named, or is not there."""
+    from posttrain.data.sources import find_sources
+    from posttrain.models.load import find_model
+
     config = resolved.config
     missing = [
         option
@@ -304,7 +314,13 @@ def _check_needed(resolved: Resolved, needs_val: bool) -> None:
         if not value
     ]
     if missing:
-        raise InputError(f"Missing: {', '.join(f'{option}=...' for option in missing)}. `posttrain sft --help` explains each.")
+        raise InputError(
+            f"Missing: {', '.join(f'{option}=...' for option in missing)}. `posttrain sft --help` explains each."
+        )
+    find_model(config.model.path)
+    find_sources(config.data.train_files, "data.train_files")
+    if config.data.val_files:
+        find_sources(config.data.val_files, "data.val_files")
 
 
 def _hand_to_processes(resolved: Resolved) -> bool:
@@ -327,13 +343,12 @@ def _home_of(resolved: Resolved) -> Path:
     return find_run(resolved.config.model.path or "") or Path()
 
 
-def _print_help() -> None:
-    import click
+def _print_help(context: typer.Context) -> None:
     from rich.console import Console
 
     from posttrain.config.describe import describe_options
 
-    print(click.get_current_context().get_help())
+    print(context.get_help())
     Console(highlight=False).print(describe_options())
 
 

@@ -1,4 +1,4 @@
-"""What can end a command: `InputError` (exit code 2) and `RunError` (exit code 3).
+"""What can end a command: `InputError` (exit code 2), `RunError` (3), and `RunStopped` (130 or 143).
 
 Their text is all that a person sees: what was found, what was expected, where, and what to do next.
 """
@@ -10,3 +10,11 @@ class InputError(Exception):
 
 class RunError(Exception):
     """A run that had begun cannot go on."""
+
+
+class RunStopped(Exception):
+    """A run that a signal asked to stop, and that has saved."""
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.signal_number = signal_number

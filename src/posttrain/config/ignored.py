@@ -54,15 +54,12 @@ def _of_optim(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def _of_validation(config: Config) -> Iterator[tuple[str, str]]:
-    trainer = config.trainer
     if config.rollout.temperature == 0:
         yield "rollout.top_p", "at rollout.temperature=0 the likeliest token is always taken"
     if not config.data.val_files:
         watching = ("test_freq", "val_before_train", "num_val_generations", "best_metric", "early_stopping_patience")
         for option in watching:
             yield f"trainer.{option}", "there is nothing to validate on without data.val_files"
-    elif trainer.best_metric == "val_accuracy" and trainer.num_val_generations == 0:
-        yield "trainer.best_metric", "val_accuracy is measured only with trainer.num_val_generations above 0"
 
 
 def _of_trainer(config: Config) -> Iterator[tuple[str, str]]:

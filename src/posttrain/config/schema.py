@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -232,10 +231,9 @@ class TrainerOptions(Section):
     """Write training metrics every so many steps; counts and sums still cover all of them."""
     max_skipped_steps: PositiveInt = 5
     """A step whose loss or gradient is not finite is skipped; so many in a row stop the run."""
-    nnodes: Literal[1] = 1
-    """Machines. To use several, start posttrain under torchrun."""
     n_gpus_per_node: PositiveInt | None = None
-    """Processes to start, one per device; on CPU they talk by gloo. Not given: one. Under torchrun, its world is used."""
+    """Processes to start on this machine, one per device; on CPU they talk by gloo. Not given: one. Under torchrun, its
+    world is used, over as many machines as it spans."""
     device: Literal["auto", "cpu", "cuda", "npu"] = "auto"
     """What to compute on; auto takes the accelerator that torch finds, else the CPU."""
 
@@ -255,7 +253,3 @@ class Config(Section):
     trainer: TrainerOptions = TrainerOptions()
     rollout: RolloutOptions = RolloutOptions()
     reward: RewardOptions = RewardOptions()
-
-    @property
-    def run_folder(self) -> Path:
-        return Path(self.trainer.default_local_dir)

@@ -74,8 +74,10 @@ def split(
             f"A sample of {lengths.max()} tokens does not fit in data.max_tokens_per_gpu={max_tokens}. Raise it to at least "
             "data.max_length, or shorten samples with data.max_length and data.truncation."
         )
-    least = max(math.ceil(len(lengths) / (max_rows or math.inf)), math.ceil(lengths.sum() / (max_tokens or math.inf)), 1)
-    for num_bins in range(math.ceil(least / num_ranks) * num_ranks, len(lengths) + num_ranks, num_ranks):
+    least = max(
+        math.ceil(len(lengths) / (max_rows or math.inf)), math.ceil(lengths.sum() / (max_tokens or math.inf)), 1
+    )
+    for num_bins in range(math.ceil(least / num_ranks) * num_ranks, max(len(lengths), 1) + num_ranks, num_ranks):
         bins = _spread(lengths, num_bins, max_rows, max_tokens)
         if bins is not None:
             return _deal(bins, lengths, num_ranks)
@@ -99,9 +101,7 @@ def pack(samples: Sequence[Sample]) -> MicroBatch:
     )
 
 
-def _spread(
-    lengths: np.ndarray, num_bins: int, max_rows: int | None, max_tokens: int | None
-) -> list[list[int]] | None:
+def _spread(lengths: np.ndarray, num_bins: int, max_rows: int | None, max_tokens: int | None) -> list[list[int]] | None:
     """Longest first, each into the emptiest bin with room for a row; None where they do not fit."""
     bins: list[list[int]] = [[] for _ in range(num_bins)]
     emptiest = [(0, number) for number in range(num_bins)]

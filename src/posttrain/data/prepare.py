@@ -171,3 +171,6 @@ def _schema() -> pa.Schema:
             "extra_info": pa.struct({"split": text, "index": pa.int64(), "question": text, "answer": text}),
         }
     )
+
+
+PREPARE = {"gsm8k": prepare_gsm8k}  # data sets by the name that `posttrain data prepare` takes

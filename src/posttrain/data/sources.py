@@ -12,7 +12,14 @@ from typing import Any
 from posttrain.errors import InputError
 
 ROWS_A_READ = 1024
-READERS = {".parquet": "parquet", ".pq": "parquet", ".jsonl": "lines", ".ndjson": "lines", ".json": "json", ".arrow": "arrow"}
+READERS = {
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".jsonl": "lines",
+    ".ndjson": "lines",
+    ".json": "json",
+    ".arrow": "arrow",
+}
 KNOWN_SUFFIXES = ", ".join(READERS)
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -83,7 +90,9 @@ def _local_file(path: Path, option: str) -> Source:
     stat = path.stat()
     if stat.st_size == 0:
         raise InputError(f"{option}: {path} is empty (0 bytes).")
-    return Source(str(path), _reader_of(path.suffix, str(path), option), f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}")
+    return Source(
+        str(path), _reader_of(path.suffix, str(path), option), f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
+    )
 
 
 def _remote_file(name: str, option: str) -> Source:

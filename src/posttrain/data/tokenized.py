@@ -217,7 +217,9 @@ def _chunks(rows: Iterable[Row]) -> Iterator[tuple[Row, ...]]:
         yield chunk
 
 
-def _in_order(pool: ProcessPoolExecutor, chunks: Iterable[tuple[Row, ...]], most_waiting: int) -> Iterator[list[Outcome]]:
+def _in_order(
+    pool: ProcessPoolExecutor, chunks: Iterable[tuple[Row, ...]], most_waiting: int
+) -> Iterator[list[Outcome]]:
     """Results in the chunks' order, never reading far ahead of them."""
     waiting: list[Any] = []
     for chunk in chunks:

@@ -72,10 +72,14 @@ def choose_device(wanted: str = "auto") -> Device:
     if kind == "cpu":
         return Device(torch.device("cpu"))
     if found is None or found.type != kind:
-        raise InputError(f"trainer.device={kind}: torch finds {found.type if found else 'no accelerator'} on this machine.")
+        raise InputError(
+            f"trainer.device={kind}: torch finds {found.type if found else 'no accelerator'} on this machine."
+        )
     index, count = int(os.environ.get("LOCAL_RANK", 0)), torch.accelerator.device_count()
     if index >= count:
-        raise InputError(f"Process {index} has no {kind} device: this machine has {count}. Start at most {count} processes.")
+        raise InputError(
+            f"Process {index} has no {kind} device: this machine has {count}. Start at most {count} processes."
+        )
     torch.accelerator.set_device_index(index)
     return Device(torch.device(kind, index))
 

@@ -91,7 +91,7 @@ def join_world(device: Device, dtype: torch.dtype = torch.float32) -> Iterator[W
     if size == 1 and dtype == torch.float32:
         yield World(device)
         return
-    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
+    alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
     bound = None if device.type == "cpu" else device.torch_device
     dist.init_process_group(device.backend, timeout=COLLECTIVE_TIMEOUT, device_id=bound, **alone)
     try:

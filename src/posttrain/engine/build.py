@@ -16,7 +16,14 @@ from posttrain.models.policy import Policy, check_policy
 
 
 def build_engine(
-    model: ModelOptions, optim: OptimOptions, num_steps: int, world: World, dtype: torch.dtype, *, packing: bool, seed: int
+    model: ModelOptions,
+    optim: OptimOptions,
+    num_steps: int,
+    world: World,
+    dtype: torch.dtype,
+    *,
+    packing: bool,
+    seed: int,
 ) -> Engine:
     """The engine of a run of `num_steps` steps. Every process must call this."""
     lm = load_model(

@@ -1,6 +1,6 @@
 """Checkpoints to resume from: written aside and renamed, so that a half-written one is never loaded.
 
-    checkpoint-<step>/  state/ (torch.distributed.checkpoint, fits any number of processes)  progress.json
+checkpoint-<step>/  state/ (torch.distributed.checkpoint, fits any number of processes)  progress.json
 """
 
 from __future__ import annotations
@@ -8,6 +8,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -51,10 +54,14 @@ class Checkpoints:
         world = engine.world
         world.on_main(lambda: shutil.rmtree(aside, ignore_errors=True))
         try:
-            dcp.save(engine.state(), checkpoint_id=aside / "state", no_dist=world.mesh is None)
+            with _without_warnings():
+                dcp.save(engine.state(), checkpoint_id=aside / "state", no_dist=world.mesh is None)
             failure = None
         except (CheckpointException, OSError, RuntimeError) as error:
-            failure = RunError(f"Saving {place} failed: {_cause(error)}. {self._what_is_left()}")
+            free = shutil.disk_usage(self.folder).free / 2**30
+            failure = RunError(
+                f"Saving {place} failed: {_cause(error)} ({free:.1f} GiB are free there). {self._what_is_left()}"
+            )
         world.everyone(lambda: _raise(failure))
         world.on_main(lambda: self._complete(aside, place, progress))
         return place
@@ -63,7 +70,8 @@ class Checkpoints:
         """Fill the engine from a checkpoint. Every process must call this."""
         progress = read_progress(path)
         try:
-            dcp.load(engine.state(), checkpoint_id=path / "state", no_dist=engine.world.mesh is None)
+            with _without_warnings():
+                dcp.load(engine.state(), checkpoint_id=path / "state", no_dist=engine.world.mesh is None)
         except (CheckpointException, OSError, RuntimeError, ValueError) as error:
             raise InputError(
                 f"{path} cannot be loaded: {_cause(error)}. Delete this folder to resume from the one before it."
@@ -83,7 +91,11 @@ class Checkpoints:
 
     def _what_is_left(self) -> str:
         saved = self.saved()
-        return f"{saved[-1]} is complete; the same command resumes from it." if saved else "No checkpoint was complete yet."
+        return (
+            f"{saved[-1]} is complete; the same command resumes from it."
+            if saved
+            else "No checkpoint was complete yet."
+        )
 
 
 def read_progress(path: Path) -> Progress:
@@ -91,7 +103,17 @@ def read_progress(path: Path) -> Progress:
     try:
         return Progress(**json.loads((path / "progress.json").read_text()))
     except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{path}/progress.json cannot be read: {error}. Delete this folder to resume from an older one.") from None
+        raise InputError(
+            f"{path}/progress.json cannot be read: {error}. Delete this folder to resume from an older one."
+        ) from None
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Silence torch's remark that one process is not distributed, which is meant so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.distributed\.checkpoint")
+        yield
 
 
 def _cause(error: BaseException) -> str:

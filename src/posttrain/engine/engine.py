@@ -74,7 +74,9 @@ class Engine:
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Weights and optimizer state by name, sharing memory with the engine: what checkpoints write and fill."""
         lm = self.policy.lm
-        tied = {name for name, _ in lm.named_parameters(remove_duplicate=False)} - {name for name, _ in lm.named_parameters()}
+        tied = {name for name, _ in lm.named_parameters(remove_duplicate=False)} - {
+            name for name, _ in lm.named_parameters()
+        }
         weights = {name: weight for name, weight in lm.state_dict().items() if name not in tied}
         return {"model": weights, "optimizer": self.optimizer.state()}
 

@@ -27,7 +27,7 @@ def evaluate(config: Config, files: Sequence[str], output: Path, limit: int | No
 
     Raises InputError where no row can be judged or the model cannot be loaded.
     """
-    answers, dropped, shown = _answers(config, files, "--test_file", limit)
+    answers, shown = _answers(config, files, "--test_file", limit)
     accuracy = Accuracy.of([answer.verdict for answer in answers])
     if shown:
         _write_lines(output, [answer.as_record() for answer in answers])
@@ -41,7 +41,7 @@ def evaluate(config: Config, files: Sequence[str], output: Path, limit: int | No
 
 def generate(config: Config, files: Sequence[str], output: Path, num_samples: int) -> list[Answer]:
     """Answer the first prompts of `files` and write them to `output`, to look at."""
-    answers, _, shown = _answers(config, files, "--prompts", num_samples)
+    answers, shown = _answers(config, files, "--prompts", num_samples)
     if shown:
         _write_lines(output, [answer.as_record() for answer in answers])
     return answers
@@ -67,9 +67,7 @@ def read_problems(
     return conversations, dropped
 
 
-def _answers(
-    config: Config, files: Sequence[str], option: str, limit: int | None
-) -> tuple[list[Answer], dict[str, int], bool]:
+def _answers(config: Config, files: Sequence[str], option: str, limit: int | None) -> tuple[list[Answer], bool]:
     """Answers on every process; the last value is true on the one that writes."""
     data = config.data
     device = choose_device(config.trainer.device)
@@ -85,7 +83,7 @@ def _answers(
         display.begin_work("answering", -(-len(conversations) // world.size))
         completions = answer_all(rollout, chat, conversations, world, display.advance)
         display.end_work()
-        return judge_all(conversations, completions, config.reward.name), dropped, world.is_main
+        return judge_all(conversations, completions, config.reward.name), world.is_main
 
 
 def _model(config: Config, world: World) -> Any:

@@ -26,21 +26,24 @@ def sft(config: Config, resolved_yaml: str, gradients_to: str | None = None) -> 
     """
     device = choose_device(config.trainer.device)
     dtype = device.compute_dtype(config.model.dtype)
-    with join_world(device, dtype) as world, Display(world.is_main) as display:
-        with TrainingRun.open(config, resolved_yaml, world, display) as run:
-            data = open_training_data(config, world, display)  # lengths and steps are known before a model is loaded
-            run.plan(data)
-            engine = build_engine(
-                config.model, config.optim, data.schedule.num_steps, world, dtype,
-                packing=config.data.packing, seed=config.trainer.seed,
-            )  # fmt: skip
-            run.resume(engine)
-            if gradients_to is not None:
-                engine.forward_backward(data.micro_batches(engine.step, world), sft_loss)
-                write_gradients(engine, gradients_to, display)
-                return
-            train(run, engine, data, world)
-            run.finish(engine)
+    with (
+        join_world(device, dtype) as world,
+        Display(world.is_main) as display,
+        TrainingRun.open(config, resolved_yaml, world, display) as run,
+    ):
+        data = open_training_data(config, world, display)  # lengths and steps are known before a model is loaded
+        run.plan(data)
+        engine = build_engine(
+            config.model, config.optim, data.schedule.num_steps, world, dtype,
+            packing=config.data.packing, seed=config.trainer.seed,
+        )  # fmt: skip
+        run.resume(engine)
+        if gradients_to is not None:
+            engine.forward_backward(data.micro_batches(engine.step, world), sft_loss)
+            write_gradients(engine, gradients_to, display)
+            return
+        train(run, engine, data, world)
+        run.finish(engine)
 
 
 def train(run: TrainingRun, engine: Engine, data: TrainingData, world: World) -> None:
@@ -51,15 +54,14 @@ def train(run: TrainingRun, engine: Engine, data: TrainingData, world: World) ->
     while engine.step < data.schedule.num_steps and not run.stopping:
         started = time.perf_counter()
         micro_batches = data.micro_batches(engine.step, world)
-        loaded = time.perf_counter()
+        waited = time.perf_counter() - started
         loss = engine.forward_backward(micro_batches, sft_loss)
         update = engine.optim_step()
-        run.record(engine, loss, update, micro_batches, started, loaded)
+        run.record(engine, loss, update, micro_batches, waited)
         if run.due(run.config.trainer.test_freq, engine.step):
             run.judge(engine, validate(engine, data, run.config))
         if run.due(run.config.trainer.save_freq, engine.step):
             run.save(engine)
-    run.settle(engine)
     if not run.stopping and run.last_judged != engine.step:
         run.judge(engine, validate(engine, data, run.config))
 

@@ -96,7 +96,12 @@ def open_training_data(config: Config, world: World, display: Display) -> Traini
     val = load(val_sources, "validation rows") if val_sources else None
     trainer = config.trainer
     schedule = plan_steps(
-        len(train), data.train_batch_size, trainer.total_epochs, trainer.total_training_steps, trainer.seed, data.shuffle
+        len(train),
+        data.train_batch_size,
+        trainer.total_epochs,
+        trainer.total_training_steps,
+        trainer.seed,
+        data.shuffle,
     )
     max_tokens = data.max_tokens_per_gpu
     if max_tokens is None and data.micro_batch_size_per_gpu is None:
@@ -152,7 +157,7 @@ def _sources(data: DataOptions) -> tuple[list[Source], list[Source]]:
 
 def read_validation_rows(data: TrainingData, count: int) -> list[dict[str, Any]]:
     """The first validation rows as they were written, for answering them by generation."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for row in read_rows(data.val_sources):
         if len(rows) == count:
             break

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,221 +16,168 @@ from posttrain.engine.checkpoint import Checkpoints, Progress, read_progress
 from posttrain.engine.engine import Engine, LossReport
 from posttrain.engine.export import export
 from posttrain.engine.optimizer import StepReport
-from posttrain.errors import InputError, RunError
+from posttrain.errors import InputError, RunError, RunStopped
+from posttrain.loops.step_log import StepLog
 from posttrain.loops.training_data import TrainingData, data_report, describe
 from posttrain.models.flops import forward_backward_flops
-from posttrain.models.load import find_model, load_config
+from posttrain.models.load import architecture_fingerprint, find_model, load_config
 from posttrain.records import MicroBatch
 from posttrain.run.folder import RunFolder, RunState, library_versions
 from posttrain.run.metrics import Metrics, drop_after
-from posttrain.run.progress import Display, duration
+from posttrain.run.progress import Display
 from posttrain.run.signals import StopRequest, catching_signals
 from posttrain.run.trackers import check_trackers, start_trackers
 
 
-@dataclass
-class Pending:
-    """A step whose numbers nobody has waited for yet."""
-
-    step: int
-    loss: LossReport
-    update: StepReport
-    tokens: torch.Tensor  # real tokens and FLOPs of the step, over all processes
-    seconds: float
-    wait_seconds: float
-
-
-@dataclass
 class TrainingRun:
-    """One run of a training loop. Every process has one; only the main one prints and writes."""
+    """One run of a training loop. Every process has one and calls it alike; only the main one prints and writes."""
 
-    config: Config
-    world: World
-    display: Display
-    folder: RunFolder
-    request: StopRequest
-    metrics: Metrics = field(default_factory=lambda: Metrics(None))
-    state: RunState = field(default_factory=RunState)
-    progress: Progress = field(default_factory=lambda: Progress(0, None, None, 0, "", ""))
-    last_judged: int = -1
-    last_saved: int = -1
-    _pending: Pending | None = None
-    _stop_flag: torch.Tensor | None = None
-    _stopped_early: bool = False
-    _skipped: int = 0
-    _skipped_in_a_row: int = 0
-    _epoch_sums: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    def __init__(self, config: Config, world: World, display: Display, request: StopRequest):
+        self.config, self.world, self.display, self.request = config, world, display, request
+        self.folder = RunFolder(Path(config.trainer.default_local_dir))
+        self.checkpoints = Checkpoints(self.folder.path, config.trainer.max_ckpt_to_keep)
+        self.metrics = Metrics(None)
+        self.state = RunState(world_size=world.size, versions=library_versions())
+        self.progress = Progress(step=0, best=None, best_step=None, stale_validations=0, data="", model="")
+        self.last_judged = self.last_saved = -1
+        self._stopped_early = False
+        self._stop_signal = 0  # that all processes have agreed on
+        self._stop_flag = torch.zeros((), device=world.device.torch_device)
 
     @classmethod
     @contextmanager
     def open(cls, config: Config, resolved_yaml: str, world: World, display: Display) -> Iterator[TrainingRun]:
-        """The run in its folder; on the way out it says how it ended, whatever happened."""
+        """The run in its folder. On the way out run.json says how it ended, whatever happened."""
         world.on_main(lambda: check_trackers(config.trainer.logger))
-        folder = RunFolder(config.run_folder)
         with ExitStack() as stack:
-            run = cls(config, world, display, folder, stack.enter_context(catching_signals()))
-            world.on_main(run._claim_folder)
-            run.state.world_size, run.state.versions = world.size, library_versions()
-            if world.is_main:
-                folder.write("config.yaml", resolved_yaml)
+            run = cls(config, world, display, stack.enter_context(catching_signals()))
+            stack.callback(lambda: run.metrics.close())
+            world.on_main(lambda: run._claim_folder(resolved_yaml))
             try:
                 yield run
             except RunStopped:
                 raise
-            except BaseException as error:
+            except BaseException:
                 display.end_work()
-                if world.is_main and run.state.total_steps:
-                    run.state.status = "failed"
-                    run._write_state_or_say(error)
+                run._write_failure()
                 raise
-            finally:
-                run.metrics.close()
 
     def plan(self, data: TrainingData) -> None:
         """Say and write the arithmetic of the run, before a model is loaded."""
         self.data = data
-        config = load_config(
-            find_model(self.config.model.path), self.config.model.override_config,
-            self.config.model.revision, self.config.model.trust_remote_code,
-        )  # fmt: skip
-        shape = config.to_json_string(use_diff=False).replace(str(config.name_or_path), "")
-        model_fingerprint = hashlib.sha256(_architecture(shape).encode()).hexdigest()[:16]
-        self.progress = replace(self.progress, data=data.fingerprint, model=model_fingerprint)
+        model = self.config.model
+        shape = load_config(find_model(model.path), model.override_config, model.revision, model.trust_remote_code)
+        self.progress = replace(self.progress, data=data.fingerprint, model=architecture_fingerprint(shape))
         self.state.total_steps = data.schedule.num_steps
-        self.state.data_fingerprint, self.state.model_fingerprint = data.fingerprint, model_fingerprint
+        self.state.data_fingerprint, self.state.model_fingerprint = self.progress.data, self.progress.model
         for line in describe(data, self.config, self.world):
             self.display.say(line)
+        self._found = self.world.on_main(self._checkpoint_to_resume)
         if self.world.is_main:
             self.folder.write_json("data_report.json", data_report(data))
             self.folder.write_state(self.state)
 
     def resume(self, engine: Engine) -> None:
-        """Go on from the newest checkpoint, if there is one. Raises InputError where it belongs to another run."""
-        self.checkpoints = Checkpoints(self.folder.path, self.config.trainer.max_ckpt_to_keep)
-        found = self.world.on_main(self._checkpoint_to_resume)
-        if found is not None:
-            self.progress = self.checkpoints.restore(engine, found)
+        """Go on from the newest checkpoint, if there is one, and begin to write metrics."""
+        if self._found is not None:
+            self.progress = self.checkpoints.restore(engine, self._found)
             self.last_judged = self.last_saved = engine.step
-            self.display.say(f"resumed from {found}: step {engine.step} of {self.state.total_steps}")
+            self.display.say(f"resumed from {self._found}: step {engine.step} of {self.state.total_steps}")
         self.state.step, self.state.best_step = engine.step, self.progress.best_step
         if self.world.is_main:
-            drop_after(self.folder.metrics, engine.step if found else -1)
-            trainer = self.config.trainer
-            name = trainer.experiment_name or self.folder.path.name
-            flat = _flat(self.config.model_dump(mode="json"))
-            trackers = start_trackers(trainer.logger, trainer.project_name, name, self.folder.path, flat)
-            self.metrics = Metrics(self.folder.metrics, trackers)
-        device = self.world.device
-        self._peak_flops = device.peak_flops(device.compute_dtype(self.config.model.dtype)) * self.world.size
-        self._count_flops = forward_backward_flops(engine.policy.lm.config)
+            drop_after(self.folder.metrics, engine.step if self._found else -1)
+            self.metrics = Metrics(self.folder.metrics, self._trackers())
+        trainer, device = self.config.trainer, self.world.device
+        self.log = StepLog(
+            self.world,
+            self.metrics,
+            self.display,
+            steps_per_epoch=self.data.schedule.steps_per_epoch,
+            log_freq=trainer.log_freq,
+            max_skipped=trainer.max_skipped_steps,
+            flops=forward_backward_flops(engine.policy.lm.config),
+            peak_flops=device.peak_flops(device.compute_dtype(self.config.model.dtype)) * self.world.size,
+        )
 
     def begin(self) -> None:
         """Start the live line."""
         self.display.begin_work("training", self.state.total_steps, self.state.step)
-        self._ended = time.perf_counter()
+        self.log.restart_clock()
 
     @property
     def stopping(self) -> bool:
-        """Whether all processes have agreed to stop; every process must ask once a step."""
-        return self._stopped_early or self._asked_to_stop()
+        """Whether early stopping or a signal ends the run. Every process must ask once a step.
+
+        Several processes agree on a signal one step late, so that none waits for the answer inside a step.
+        """
+        wanted = torch.tensor(float(self.request.signal or 0), device=self.world.device.torch_device)
+        asked, self._stop_flag = self._stop_flag, self.world.sum(wanted)
+        if not self._stop_signal and (asked if self.world.size > 1 else wanted):
+            self._stop_signal = max(int(number) for number in self.world.gather(self.request.signal or 0))
+        return self._stopped_early or bool(self._stop_signal)
 
     def due(self, frequency: int | str, step: int) -> bool:
-        """Whether something that happens every so many steps or epochs (`2ep`) happens after this one."""
+        """Whether something that happens every so many steps (100) or epochs (`2ep`) happens after this one."""
         if isinstance(frequency, str):
             frequency = int(frequency.removesuffix("ep")) * self.data.schedule.steps_per_epoch
         return frequency > 0 and step % frequency == 0
 
     def record(
-        self,
-        engine: Engine,
-        loss: LossReport,
-        update: StepReport,
-        micro_batches: Sequence[MicroBatch],
-        started: float,
-        loaded: float,
+        self, engine: Engine, loss: LossReport, update: StepReport, micro_batches: Sequence[MicroBatch], wait: float
     ) -> None:
-        """Note a step that was just dispatched, and write the one before it."""
-        real = sum(m.num_tokens for m in micro_batches)
-        flops = sum(self._count_flops(m) for m in micro_batches if m.rows_N)
-        device = self.world.device.torch_device
-        tokens = self.world.sum(torch.tensor([real, flops], dtype=torch.float64, device=device))
-        before, self._pending = self._pending, None
-        self._write(before)
-        now = time.perf_counter()
-        self._pending = Pending(engine.step, loss, update, tokens, now - self._ended, loaded - started)
-        self._ended = now
+        """Note a step that was just dispatched, `wait` seconds of which went by until its rows were there."""
+        self.log.record(engine.step, loss, update, micro_batches, wait)
         self.state.step = engine.step
-        if engine.step % self.data.schedule.steps_per_epoch == 0:
-            self.settle(engine)
-            self._end_epoch(engine.step)
-
-    def settle(self, engine: Engine) -> None:
-        """Write the step that is still pending."""
-        pending, self._pending = self._pending, None
-        self._write(pending)
 
     def judge(self, engine: Engine, found: dict[str, float]) -> None:
         """Write a validation; keep the model if it is the best so far, and stop if there was none for long."""
-        self.settle(engine)
         self.last_judged = engine.step
-        trainer = self.config.trainer
-        if not found:
-            self._ended = time.perf_counter()
-            return
-        self.metrics.write(engine.step, "val", found)
-        shown = ", ".join(f"{name}={value:.4g}" for name, value in found.items())
-        value = found[trainer.best_metric]
-        best = self.progress.best
-        better = value == value and (best is None or (value < best if trainer.best_metric == "val_loss" else value > best))
-        self.display.say(f"step {engine.step}: {shown}{' (best so far)' if better and engine.step else ''}")
-        if better:
-            self.progress = replace(self.progress, best=value, best_step=engine.step, stale_validations=0)
-            if engine.step:  # the model before training lies where it came from
+        if found:
+            self.metrics.write(engine.step, "val", found)
+            better = self._compare(found[self.config.trainer.best_metric], engine.step)
+            shown = ", ".join(f"{name}={value:.4g}" for name, value in found.items())
+            self.display.say(f"step {engine.step}: {shown}{' (best so far)' if better and engine.step else ''}")
+            if better and engine.step:  # the model before training lies where it came from
                 self._export(engine, "checkpoint-best")
-        else:
-            self.progress = replace(self.progress, stale_validations=self.progress.stale_validations + 1)
-        patience = trainer.early_stopping_patience
-        if patience is not None and self.progress.stale_validations >= patience:
-            self._stopped_early = True
-            self.display.say(f"stopping early: {patience} validations without a better {trainer.best_metric}")
-        self._ended = time.perf_counter()
+        self.log.restart_clock()
 
     def save(self, engine: Engine) -> None:
         """Write a checkpoint to resume from."""
-        self.settle(engine)
+        self.log.settle()
         self.progress = replace(self.progress, step=engine.step)
         self.checkpoints.save(engine, self.progress)
         self.last_saved = engine.step
-        if self.world.is_main:
-            self._write_state("running")
-        self._ended = time.perf_counter()
+        self._write_state("running")
+        self.log.restart_clock()
 
     def finish(self, engine: Engine) -> None:
-        """End the run: as finished with a model to use, or as stopped with a checkpoint to go on from."""
-        self.settle(engine)
+        """End the run: finished, with a model to use, or stopped, with a checkpoint to go on from (RunStopped)."""
+        self.log.settle()
         if self.last_saved != engine.step:
             self.save(engine)
         self.display.end_work()
-        if self.request_signal is not None:
+        if self._stop_signal:
             self._write_state("stopped")
             raise RunStopped(
                 f"Stopped at step {engine.step} of {self.state.total_steps}; saved. The same command goes on from there.",
-                self.request_signal,
+                self._stop_signal,
             )
         self._export(engine, "checkpoint-final")
         self._write_state("finished")
         self._say_what_next()
 
-    def _claim_folder(self) -> None:
+    def _claim_folder(self, resolved_yaml: str) -> None:
         self.folder.create()
-        saved = Checkpoints(self.folder.path, None).saved()
+        saved = self.checkpoints.saved()
         if saved and self.config.trainer.resume_mode == "disable":
             raise InputError(
                 f"{self.folder.path} holds checkpoints, such as {saved[-1].name}. Choose another trainer.default_local_dir, "
                 "delete it, or go on from it with trainer.resume_mode=auto."
             )
+        self.folder.write("config.yaml", resolved_yaml)
 
-    def _checkpoint_to_resume(self):
+    def _checkpoint_to_resume(self) -> Path | None:
+        """The newest checkpoint. Raises InputError where it belongs to another run."""
         saved = self.checkpoints.saved()
         if not saved:
             return None
@@ -241,89 +188,55 @@ class TrainingRun:
                 "seed or shuffling differ). Use the same, or another trainer.default_local_dir."
             )
         if found.model != self.progress.model:
-            raise InputError(f"{saved[-1]} holds another model than {self.config.model.path}. Use the same model.path, or "
-                             "another trainer.default_local_dir.")  # fmt: skip
+            raise InputError(
+                f"{saved[-1]} holds another model than {self.config.model.path}. Use the same model.path, or another "
+                "trainer.default_local_dir."
+            )
         return saved[-1]
 
-    def _asked_to_stop(self) -> bool:
-        """Agreement is read one step late, so that nobody waits for it inside a step."""
-        before = self._stop_flag
-        flag = torch.tensor(float(self.request.signal or 0), device=self.world.device.torch_device)
-        self._stop_flag = self.world.sum(flag) if self.world.size > 1 else flag
-        if before is None and self.world.size > 1:
-            return False
-        self._agreed = float(before if self.world.size > 1 and before is not None else self._stop_flag)
-        return self._agreed > 0
-
-    @property
-    def request_signal(self) -> int | None:
-        """The signal that ended the run, on every process."""
-        if not getattr(self, "_agreed", 0.0):
-            return None
-        return max(int(number) for number in self.world.gather(self.request.signal or 0))
-
-    def _write(self, pending: Pending | None) -> None:
-        if pending is None:
-            return
-        loss, norm = float(pending.loss.loss), float(pending.update.grad_norm)
-        weight, skipped = float(pending.loss.total_weight), bool(pending.update.skipped)
-        tokens, flops = pending.tokens.tolist()
-        self._guard(pending.step, skipped, loss, norm)
-        if not skipped:
-            self._epoch_sums[0] += loss * weight
-            self._epoch_sums[1] += weight
-        rate = tokens / pending.seconds
-        if pending.step % self.config.trainer.log_freq == 0:
-            self.metrics.write(pending.step, "train", {
-                "loss": loss, "grad_norm": norm, "lr": pending.update.lr,
-                "epoch": pending.step / self.data.schedule.steps_per_epoch,
-                "num_tokens": int(tokens), "num_trained_tokens": int(weight), "tokens_per_second": rate,
-                "mfu": flops / pending.seconds / self._peak_flops,
-                "step_seconds": pending.seconds, "data_wait_seconds": pending.wait_seconds,
-                "peak_memory_gib": self.world.device.peak_memory_gib(), "skipped_steps": self._skipped,
-            })  # fmt: skip
-        self.display.advance(1, f"loss {loss:.4f}  {rate:,.0f} tokens/s")
-
-    def _guard(self, step: int, skipped: bool, loss: float, norm: float) -> None:
-        if not skipped:
-            self._skipped_in_a_row = 0
-            return
-        self._skipped += 1
-        self._skipped_in_a_row += 1
-        self.display.say(f"step {step} skipped: loss {loss}, gradient norm {norm}; the weights stay as they were")
-        if self._skipped_in_a_row >= self.config.trainer.max_skipped_steps:
-            raise RunError(
-                f"{self._skipped_in_a_row} steps in a row had a loss or gradient that is not finite, up to step {step}. "
-                f"Lower optim.lr (now {self.config.optim.lr:g}), lengthen the warm-up, or look for rows that are wrong with "
-                "`posttrain data show`. Checkpoints from before are in the run folder."
-            )
-
-    def _end_epoch(self, step: int) -> None:
-        total, weight = self._epoch_sums
-        self._epoch_sums = [0.0, 0.0]
-        epoch = step // self.data.schedule.steps_per_epoch
-        self.display.say(f"Epoch {epoch}: loss={total / weight if weight else float('nan'):.4f}")
+    def _compare(self, value: float, step: int) -> bool:
+        """Whether a validation is the best so far (NaN never is); counts those that are not, for early stopping."""
+        trainer, best = self.config.trainer, self.progress.best
+        better = value == value and (
+            best is None or (value < best if trainer.best_metric == "val_loss" else value > best)
+        )
+        stale = 0 if better else self.progress.stale_validations + 1
+        self.progress = replace(self.progress, stale_validations=stale)
+        if better:
+            self.progress = replace(self.progress, best=value, best_step=step)
+        if trainer.early_stopping_patience is not None and stale >= trainer.early_stopping_patience:
+            self._stopped_early = True
+            self.display.say(f"stopping early: {stale} validations without a better {trainer.best_metric}")
+        return better
 
     def _export(self, engine: Engine, name: str) -> None:
+        """The finished model, in the number format that it came in."""
         model = self.config.model
         source = load_config(find_model(model.path), None, model.revision, model.trust_remote_code).dtype
         dtype = source if isinstance(source, torch.dtype) and not model.random_weights else torch.float32
         export(engine, self.data.chat.tokenizer, self.folder.path / name, dtype, self.data.end_ids)
 
+    def _trackers(self) -> list[Any]:
+        trainer = self.config.trainer
+        name = trainer.experiment_name or self.folder.path.name
+        options = _flat(self.config.model_dump(mode="json"))
+        return start_trackers(trainer.logger, trainer.project_name, name, self.folder.path, options)
+
     def _write_state(self, status: str) -> None:
+        self.state.status, self.state.best_step = status, self.progress.best_step
         if self.world.is_main:
-            self.state.status, self.state.best_step = status, self.progress.best_step
             self.folder.write_state(self.state)
 
-    def _write_state_or_say(self, error: BaseException) -> None:
+    def _write_failure(self) -> None:
+        """Say in run.json that a planned run failed; where even that cannot be written, the first error matters more."""
         try:
-            self.folder.write_state(self.state)
-        except RunError as second:
-            self.display.say(str(second))
+            if self.state.total_steps:
+                self._write_state("failed")
+        except RunError as error:
+            self.display.say(str(error))
 
     def _say_what_next(self) -> None:
-        folder = self.folder.path
-        best = self.progress.best_step
+        folder, best = self.folder.path, self.progress.best_step
         if best and best != self.state.step:
             self.display.say(f"best validation at step {best}: {folder / 'checkpoint-best'}")
         self.display.say(f"finished after {self.state.step} steps. The model lies in {folder / 'checkpoint-final'}")
@@ -331,25 +244,8 @@ class TrainingRun:
         self.display.say(f"        posttrain generate --model {folder} --num_samples 100")
 
 
-class RunStopped(Exception):
-    """A run that ended because a signal asked it to, after saving."""
-
-    def __init__(self, message: str, signal_number: int):
-        super().__init__(message)
-        self.signal_number = signal_number
-
-
-def _architecture(config_json: str) -> str:
-    """What of a model's configuration decides its weights, without where it came from or who wrote it."""
-    import json
-
-    config = json.loads(config_json)
-    for name in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
-        config.pop(name, None)
-    return json.dumps(config, sort_keys=True)
-
-
-def _flat(options: dict, prefix: str = "") -> dict[str, str | int | float | bool]:
+def _flat(options: dict[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:
+    """Options by dotted name, as plain values that trackers can show."""
     flat: dict[str, str | int | float | bool] = {}
     for name, value in options.items():
         if isinstance(value, dict) and value:

@@ -39,10 +39,10 @@ def token_logprobs(hidden_TD: Tensor, head: Head, labels_T: Tensor, slope_T: Ten
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_TD, weight_VD, bias_V, labels_T, slope_T, scale, softcap):  # type: ignore[override]
+    def forward(ctx: Any, hidden_TD, weight_VD, bias_V, labels_T, slope_T, scale, softcap):
         head = Head(weight_VD, bias_V, scale, softcap)
         ctx.head, ctx.known = head, slope_T is not None
-        if ctx.known and torch.is_grad_enabled() is not None and any(ctx.needs_input_grad[:3]):
+        if ctx.known and any(ctx.needs_input_grad[:3]):
             logprobs_T, *gradients = _with_gradients(hidden_TD, head, labels_T, slope_T)
             ctx.save_for_backward(*gradients)
             return logprobs_T
@@ -50,7 +50,7 @@ class _TokenLogprobs(torch.autograd.Function):
         return _without_gradients(hidden_TD, head, labels_T)
 
     @staticmethod
-    def backward(ctx: Any, slope_T):  # type: ignore[override]
+    def backward(ctx: Any, slope_T):
         if ctx.known:
             gradients = ctx.saved_tensors
         else:

@@ -71,8 +71,8 @@ def _varlen(query, key, value, documents: Documents, scaling, sliding_window, so
         else:
             key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
     longest = max(documents.lengths)
-    rows = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
-    out = varlen_attn(*rows, documents.borders, documents.borders, longest, longest, **options)
+    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
+    out = varlen_attn(q, k, v, documents.borders, documents.borders, longest, longest, **options)
     assert isinstance(out, Tensor)
     return out[None]
 

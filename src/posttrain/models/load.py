@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,9 @@ def find_model(path: str | None, option: str = "model.path") -> str:
     raise InputError(f"{option}: {path} holds no config.json, so it is not a model folder of transformers.")
 
 
-def load_tokenizer(path: str, chat_template: str | None = None, revision: str | None = None, trust: bool = False) -> Any:
+def load_tokenizer(
+    path: str, chat_template: str | None = None, revision: str | None = None, trust: bool = False
+) -> Any:
     """The tokenizer of a model, with the template of the file `chat_template` if one is given."""
     from transformers import AutoTokenizer
 
@@ -78,11 +81,14 @@ def load_model(
             f"{path} has no weights ({', '.join(WEIGHT_FILES)}). To start from random ones, say model.random_weights=true."
         )
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=dtype, revision=revision, trust_remote_code=trust, output_loading_info=True
         )
     except Exception as error:  # broken files raise errors of many libraries
-        raise InputError(f"The weights of {path} cannot be loaded: {type(error).__name__}: {_first_line(error)}") from None
+        raise InputError(
+            f"The weights of {path} cannot be loaded: {type(error).__name__}: {_first_line(error)}"
+        ) from None
+    model, found = loaded
     missing = sorted(found["missing_keys"])
     if missing:
         raise InputError(f"{path} lacks {len(missing)} of the model's weights, such as {missing[0]}.")
@@ -104,6 +110,14 @@ def load_config(path: str, override: dict[str, Any] | None, revision: str | None
     if override and "num_hidden_layers" in override and getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[: config.num_hidden_layers]
     return config
+
+
+def architecture_fingerprint(config: Any) -> str:
+    """Of what in a configuration decides the weights, without where it came from or who wrote it."""
+    fields = json.loads(config.to_json_string(use_diff=False))
+    for name in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
+        fields.pop(name, None)
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _first_line(error: Exception) -> str:

@@ -79,7 +79,9 @@ def _use_attention(lm: Any, implementation: str) -> None:
     try:
         lm.set_attn_implementation(implementation)
     except ValueError as error:
-        raise InputError(f"{type(lm).__name__} does not take our packed attention. Set data.packing=false. ({error})") from None
+        raise InputError(
+            f"{type(lm).__name__} does not take our packed attention. Set data.packing=false. ({error})"
+        ) from None
 
 
 @torch.no_grad()

@@ -22,7 +22,9 @@ class TransformersRollout:
         own = listed if isinstance(listed, list) else [listed]
         self.end_ids = sorted({int(i) for i in (*own, tokenizer.eos_token_id, *end_ids) if i is not None})
         if not self.end_ids:
-            raise InputError("Neither the model nor its tokenizer has an end-of-turn token, so that no answer would end.")
+            raise InputError(
+                "Neither the model nor its tokenizer has an end-of-turn token, so that no answer would end."
+            )
 
     def generate(
         self, prompts: Sequence[np.ndarray], advance: Callable[[int], None] = lambda done: None

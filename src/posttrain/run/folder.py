@@ -58,7 +58,9 @@ class RunFolder:
             aside.write_text(text)
             aside.replace(self.path / name)
         except OSError as error:
-            raise RunError(f"Cannot write {self.path / name}: {error}. Free space and run the same command again.") from None
+            raise RunError(
+                f"Cannot write {self.path / name}: {error}. Free space and run the same command again."
+            ) from None
 
     def write_json(self, name: str, value: Any) -> None:
         self.write(name, json.dumps(value, indent=2) + "\n")
