@@ -195,3 +195,14 @@ def wait_for(condition, process, seconds=120):
         assert process.poll() is None, "the run ended too early"
         assert time.monotonic() < until, "waited too long"
         time.sleep(0.02)
+
+
+def test_bfloat16_compute_keeps_float32_weights(posttrain):
+    posttrain.sft("half", model__dtype="bfloat16", trainer__total_training_steps=2)
+    posttrain.sft("whole", trainer__total_training_steps=2)
+    half, whole = posttrain.folder / "half", posttrain.folder / "whole"
+    assert [r["loss"] for r in records(half)] == pytest.approx([r["loss"] for r in records(whole)], rel=1e-2)
+    assert records(half)[0]["loss"] != records(whole)[0]["loss"]
+    found, expected = ({n: w for n, w in weights(run).items() if w.dim() > 1} for run in (half, whole))
+    assert all(w.dtype == torch.float32 and not torch.equal(w, w.bfloat16().float()) for w in found.values())
+    assert worst_gap(found, expected) < 0.1
