@@ -39,7 +39,7 @@ from contestants.setting import IGNORED, SHAPE, Setting, prepare, tokenize
 
 BENCHMARKS = Path(__file__).resolve().parent
 WARM_UP_STEPS = 2
-TRL = ["padded", "padded, grouped", "padding-free", "packed bfd", "packed wrapped", "as-it-comes"]
+TRL = ["one row at a time", "padded", "padded, grouped", "padding-free", "packed bfd", "packed wrapped", "as-it-comes"]
 # blocks cut anywhere, documents that see each other: it learns another thing, so it is shown but is not the mode to beat
 NOT_EQUAL_LEARNING = "trl packed wrapped"
 
@@ -323,7 +323,7 @@ def main(
     rows: int = typer.Option(192, help="Conversations, the first of GSM8K's train set."),
     vocabulary: str = typer.Option("small", help="small: 8,192 words, trained on GSM8K. full: Qwen2.5's 151,665."),
     batch_rows: int = typer.Option(32, help="Conversations of an optimizer step."),
-    epochs: int = typer.Option(2, help="Passes over the rows."),
+    epochs: int | None = typer.Option(None, help="Passes over the rows: 1 if not given, with --learning 4."),
     repeats: int = typer.Option(3, help="Rounds; each runs every contestant once."),
     threads: int = typer.Option(2, help="Threads of each contestant."),
     only: list[str] = typer.Option([], help="Contestants to run; all if none is named."),
@@ -336,7 +336,7 @@ def main(
     work_folder = Path(folder or tempfile.mkdtemp(prefix="sft-cpu-")).resolve()
     work_folder.mkdir(parents=True, exist_ok=True)
     model, rows_file = prepare(work_folder, data, rows, vocabulary)
-    common = Setting(str(model), str(rows_file), "", batch_rows, epochs)
+    common = Setting(str(model), str(rows_file), "", batch_rows, epochs or (4 if learning else 1))
 
     def settings(name: str) -> Setting:
         return replace(common, out=str(work_folder / name.replace(",", "").replace(" ", "-")))

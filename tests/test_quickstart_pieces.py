@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from posttrain.data.prepare import prepare_gsm8k
-from posttrain.quickstart.problems import THINGS, make_problems, write_problems
+from posttrain.errors import InputError
+from posttrain.quickstart import problems
+from posttrain.quickstart.problems import OPERANDS, THINGS, make_problems, write_problems
 from posttrain.quickstart.tiny import write_tiny_model
 from posttrain.rewards.gsm8k import final_answer, judge_strict
 from posttrain.rewards.verdict import Verdict
@@ -63,18 +65,21 @@ def test_questions_are_whole_sentences_about_three_different_people() -> None:
 
 
 def test_no_question_appears_twice_and_the_same_seed_tells_the_same_stories() -> None:
-    problems = make_problems(5000, seed=3)
-    assert len({problem.question for problem in problems}) == 5000
-    assert make_problems(5000, seed=3) == problems
-    assert make_problems(100, seed=3) == problems[:100]
-    assert make_problems(100, seed=4) != problems[:100]
+    told = make_problems(5000, seed=3)
+    assert len({problem.question for problem in told}) == 5000
+    assert make_problems(5000, seed=3) == told
+    assert make_problems(100, seed=3) == told[:100]
+    assert make_problems(100, seed=4) != told[:100]
 
 
 def test_more_problems_than_there_are_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("posttrain.quickstart.problems.THINGS", ("pens",))
-    monkeypatch.setattr("posttrain.quickstart.problems.OPENINGS", ())
-    with pytest.raises((ValueError, IndexError)):
-        make_problems(10, seed=0)
+    monkeypatch.setattr(problems, "SHARE_OF_TWO_STEPS", 0.0)
+    for name, few in {"OPENINGS": 1, "THINGS": 1, "GIRLS": 2, "BOYS": 1}.items():
+        monkeypatch.setattr(problems, name, getattr(problems, name)[:few])
+    num_questions = len(OPERANDS) ** 2 * 3
+    assert len(make_problems(num_questions, seed=0)) == num_questions
+    with pytest.raises(InputError, match=f"{num_questions} were found"):
+        make_problems(num_questions + 1, seed=0)
 
 
 def test_written_problems_are_disjoint_and_prepare_reads_them(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 """TRL's SFTTrainer in each mode that trains on CPU. python -m contestants.trl_modes SETTING.json MODE
 
 Every mode gets the micro-batch that was fastest for it on two cores, float32 and no gradient checkpointing; `as-it-comes`
-keeps TRL's own choice of both. All but `given-labels` tokenize the conversations themselves, as prompt and completion: the
-loss is on the completion, which by Qwen's template is the answer, `<|im_end|>` and the line break after it.
+keeps TRL's own choice of all three. `given-labels` is for comparing losses: it takes ids and labels, in the order given.
+The others tokenize the conversations themselves, as prompt and completion: the loss is on the completion, which by Qwen's
+template is the answer, `<|im_end|>` and the line break after it.
 """
 
 from __future__ import annotations
@@ -30,12 +31,13 @@ class Mode:
 
 
 MODES = {
-    "padded": Mode(4),
-    "padded, grouped": Mode(4, options={"train_sampling_strategy": "group_by_length"}),
+    "one row at a time": Mode(1),
+    "padded": Mode(2),
+    "padded, grouped": Mode(2, options={"train_sampling_strategy": "group_by_length"}),
     "padding-free": Mode(2, options={"padding_free": True, "max_length": None}),
     "packed bfd": Mode(1, 512, {"packing": True, "packing_strategy": "bfd"}),
-    "packed wrapped": Mode(4, 512, {"packing": True, "packing_strategy": "wrapped"}),
-    "as-it-comes": Mode(4, options={"gradient_checkpointing": True, "bf16": True}),
+    "packed wrapped": Mode(2, 512, {"packing": True, "packing_strategy": "wrapped"}),
+    "as-it-comes": Mode(8, options={"gradient_checkpointing": True, "bf16": True}),
     "given-labels": Mode(4, options={"train_sampling_strategy": "sequential"}),
 }
 

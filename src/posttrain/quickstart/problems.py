@@ -14,6 +14,8 @@ import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from posttrain.errors import InputError
+
 OPERANDS = range(2, 13)
 FACTORS = range(2, 7)
 RESULTS = range(2, 101)  # never 1, so that every noun is plural
@@ -83,12 +85,16 @@ def make_problems(num_problems: int, seed: int) -> list[Problem]:
     """Problems with different questions, the same ones for the same seed; a longer list begins like a shorter one."""
     rng = random.Random(seed)
     problems: dict[str, Problem] = {}
-    for _ in range(num_problems * MAX_DRAWS_PER_PROBLEM):
-        if len(problems) == num_problems:
-            return list(problems.values())
+    num_draws = 0
+    while len(problems) < num_problems:
+        num_draws += 1
+        if num_draws > num_problems * MAX_DRAWS_PER_PROBLEM:
+            raise InputError(
+                f"{num_problems} different problems were asked for; {len(problems)} were found. Take fewer."
+            )
         problem = _tell(rng)
         problems.setdefault(problem.question, problem)
-    raise ValueError(f"there are not {num_problems} different problems; {len(problems)} were found")
+    return list(problems.values())
 
 
 def _tell(rng: random.Random) -> Problem:
