@@ -234,16 +234,13 @@ def verdict(rows: list[dict[str, Any]]) -> str:
     ratios = {row["contestant"]: row["posttrain_is"] for row in rows}
     if not ratios.get("posttrain"):
         return "posttrain did not run: no comparison"
+    lines = []
     equals = {name: ratio for name, ratio in ratios.items() if name.startswith("trl") and name != NOT_EQUAL_LEARNING}
-    lines = (
-        [
-            f"posttrain is {min(equals.values()):.2f} x TRL's best mode that learns the same ({min(equals, key=equals.get)})"
-        ]
-        if equals
-        else []
-    )
+    if equals:
+        best = min(equals, key=lambda name: equals[name])
+        lines.append(f"posttrain is {equals[best]:.2f} x TRL's best mode that learns the same ({best})")
     if "plain packed loop" in ratios:
-        lines.append(f"{ratios['plain packed loop']:.0%} of the plain packed loop")
+        lines.append(f"posttrain reaches {ratios['plain packed loop']:.0%} of the plain packed loop")
     return "; ".join(lines)
 
 

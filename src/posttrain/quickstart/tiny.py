@@ -68,7 +68,8 @@ def _config(tokenizer: PreTrainedTokenizerBase) -> Qwen2Config:
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=1024,
-        initializer_range=0.06,  # measured: 89% of the quickstart's problems instead of 75% with Qwen2's own 0.02
+        # at a rate of 2e-3, 1,000 steps reach 89% of the quickstart's problems; 75% with Qwen2's own 0.02
+        initializer_range=0.06,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
