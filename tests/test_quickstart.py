@@ -23,7 +23,10 @@ def test_the_journey_ends_with_a_table_of_stages_and_says_where_everything_lies(
     said = capsys.readouterr().out
     for text in ("before", "after SFT", "95% interval", "results.json", "Epoch 1: loss=", "checkpoint-final"):
         assert text in said
-    train, test = ({json.loads(line)["question"] for line in open(folder / "problems" / f"{split}.jsonl")} for split in ("train", "test"))
+    train, test = (
+        {json.loads(line)["question"] for line in open(folder / "problems" / f"{split}.jsonl")}
+        for split in ("train", "test")
+    )
     assert len(train) == 96 and len(test) == 24 and not train & test
     with pytest.raises(InputError, match="holds a quickstart already"):
         journey.quickstart(folder, seed=0)
