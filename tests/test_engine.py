@@ -76,7 +76,7 @@ def test_any_micro_batch_split_gives_the_same_gradients(limits):
 def test_gradient_checkpointing_computes_each_block_again():
     calls = []
     engine = make_engine(tiny_lm(), checkpointing=True)
-    engine.policy.blocks[1].mlp.register_forward_hook(lambda *_: calls.append(1))
+    engine.policy.blocks[1].self_attn.register_forward_hook(lambda *_: calls.append(1))
     engine.forward_backward(packed(random_samples(3)), sft_loss)
     assert len(calls) == 2
 

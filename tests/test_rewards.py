@@ -132,3 +132,12 @@ def test_every_gsm8k_answer_is_right_for_itself_and_wrong_for_another(shared_dat
         assert truth is not None
         assert judge_strict(answer, truth) is judge_flexible(answer, truth) is RIGHT
         assert judge_strict(answer, truth + "1") is judge_flexible(answer, truth + "1") is WRONG
+
+
+def test_accuracy_has_wilsons_interval_which_ends_at_zero_and_one():
+    from posttrain.rewards.accuracy import Accuracy
+
+    half = Accuracy(5, 10, num_unknown=3)
+    assert (half.share, half.num_problems) == (0.5, 13)
+    assert (half.low, half.high) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    assert Accuracy(0, 24).low == 0.0 and Accuracy(24, 24).high == 1.0

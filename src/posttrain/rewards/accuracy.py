@@ -50,4 +50,5 @@ class Accuracy:
         n, p, z = self.num_judged, self.share, Z_95
         center = (p + z**2 / (2 * n)) / (1 + z**2 / n)
         half = z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-        return max(0.0, center - half), min(1.0, center + half)
+        low = 0.0 if self.num_correct == 0 else center - half  # exactly, which rounding would miss
+        return low, 1.0 if self.num_correct == n else center + half
