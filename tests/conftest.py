@@ -37,6 +37,27 @@ def tiny(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def models(tmp_path_factory) -> Path:
+    """Folders with tiny models of several families, and `adapter`, a LoRA adapter for qwen2 that is not at its start."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from tiny import CONFIGS, tiny_lm
+
+    folder = tmp_path_factory.mktemp("models")
+    for family in CONFIGS:
+        tiny_lm(family).save_pretrained(folder / family)
+    adapter = get_peft_model(tiny_lm(), LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, weight in adapter.named_parameters():
+            if "lora_" in name:
+                weight.normal_(std=0.1)
+    adapter.save_pretrained(folder / "adapter")
+    return folder
+
+
 class Command:
     """Runs posttrain as a person does, in a process of its own."""
 

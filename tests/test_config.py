@@ -330,7 +330,7 @@ def test_missing_recipe_file_is_named():
         ("model: qwen2.5-0.5b", "`- model: name` under `defaults:`"),
         ("defaults: [qwen2.5-0.5b]", "found 'qwen2.5-0.5b' under `defaults:`"),
         ("defaults: [_self_, model: qwen2.5-0.5b]", "found '_self_' under `defaults:`"),
-        ("defaults: [engine: x]", "found {'engine': 'x'} under `defaults:`"),
+        ("defaults: [motor: x]", "found {'motor': 'x'} under `defaults:`"),
         ("defaults: [model: qwen]", "there is no such recipe; model has "),
     ],
 )
@@ -388,6 +388,12 @@ def test_all_problems_are_told_at_once():
         (["trainer.num_val_generations=8"], "trainer.num_val_generations"),
         (["trainer.project_name=x"], "trainer.project_name"),
         (["model.path=.", "model.revision=main"], "model.revision"),
+        (["model.gradient_checkpointing_every=2"], "model.gradient_checkpointing_every"),
+        (["model.lora_dropout=0.1"], "model.lora_dropout"),
+        (["model.lora_adapter_path=.", "model.lora_rank=8"], "model.lora_rank"),
+        (["engine.fsdp_size=1"], "engine.fsdp_size"),
+        (["engine.reshard_after_forward=false", "trainer.n_gpus_per_node=1"], "engine.reshard_after_forward"),
+        (["trainer.device=cpu", "engine.param_offload=true"], "engine.param_offload"),
     ],
 )
 def test_chosen_option_without_effect_is_told(arguments: list[str], key: str):
@@ -402,12 +408,29 @@ def test_chosen_option_without_effect_is_told(arguments: list[str], key: str):
         ["optim.lr_scheduler_type=wsd", "optim.wsd_decay_ratio=0.2"],
         ["data.train_files=org/set", "data.hub_config=main", "data.train_split=all"],
         ["trainer.total_training_steps=9"],
+        ["model.lora_rank=8", "model.lora_alpha=32"],
+        ["trainer.n_gpus_per_node=4", "engine.fsdp_size=2", "engine.reshard_after_forward=false"],
         ["data.val_files=v.jsonl", "trainer.early_stopping_patience=3", "trainer.test_freq=5"],
         ["trainer.logger=[console,wandb]", "trainer.project_name=x"],
     ],
 )
 def test_option_with_effect_is_not_told(arguments: list[str]):
     assert ignored(*arguments) == set()
+
+
+def test_names_of_other_systems_are_translated_and_told():
+    resolved = compose(["ulysses_sequence_parallel_size=2"])
+    assert resolved.config.engine.ulysses_sequence_parallel_size == 2
+    assert resolved.translated == [
+        {"given": "ulysses_sequence_parallel_size", "key": "engine.ulysses_sequence_parallel_size"}
+    ]
+
+
+def test_methods_compose():
+    config = compose(["method=[lora,sp2,offload,checkpointing]"]).config
+    assert config.model.lora_rank == 16 and config.model.lora_alpha == 32
+    assert config.model.target_modules == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    assert config.engine.ulysses_sequence_parallel_size == 2 and config.engine.optimizer_offload
 
 
 def test_processes_asked_for_have_no_effect_under_torchrun(monkeypatch: pytest.MonkeyPatch):

@@ -8,23 +8,26 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2Config, Qwen3Config
 
+from posttrain.config.schema import EngineOptions
 from posttrain.data.batches import pack, split
 from posttrain.distributed.device import choose_device
-from posttrain.distributed.sharding import at_rest, prepare
+from posttrain.distributed.sharding import prepare
 from posttrain.distributed.world import World
+from posttrain.engine.check import check_engine
 from posttrain.engine.engine import Engine
 from posttrain.engine.optimizer import AdamW, learning_rate
-from posttrain.models.policy import Policy, check_policy
+from posttrain.models.policy import Policy
 from posttrain.records import MicroBatch, Sample
 
 VOCABULARY = 97
 SHAPE = {
-    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
 }  # fmt: skip
 CONFIGS = {
     "qwen2": lambda: Qwen2Config(**SHAPE, tie_word_embeddings=True),
     "qwen3": lambda: Qwen3Config(**SHAPE, head_dim=8),
+    "three-key-heads": lambda: Qwen3Config(**SHAPE | {"num_attention_heads": 6, "num_key_value_heads": 3}, head_dim=8),
     "llama": lambda: LlamaConfig(**SHAPE, tie_word_embeddings=False),
     "gemma2": lambda: Gemma2Config(**SHAPE, head_dim=8, sliding_window=4, query_pre_attn_scalar=8),
 }
@@ -49,10 +52,11 @@ def make_engine(
     lm, world: World | None = None, *, packing: bool = True, checkpointing: bool = False, **optim
 ) -> Engine:
     world = world or alone()
-    policy = prepare(Policy(lm, packing), world, torch.float32, checkpointing)
-    check_policy(policy, world.device.torch_device)
-    at_rest(policy)
-    return Engine(policy, world, partial(_optimizer, optim))
+    every = 1 if checkpointing else None
+    policy = prepare(Policy(lm, packing), world, torch.float32, EngineOptions(), recompute_every=every)
+    engine = Engine(policy, world, partial(_optimizer, optim))
+    check_engine(engine, torch.float32)
+    return engine
 
 
 def _optimizer(optim: dict, policy: Policy, world: World) -> AdamW:
@@ -78,8 +82,8 @@ def random_samples(count: int, seed: int = 0, longest: int = 30) -> list[Sample]
 def packed(samples: list[Sample], world: World | None = None, **limits: int) -> list[MicroBatch]:
     """This process's micro-batches of one step."""
     world = world or alone()
-    ranks = split([len(s) for s in samples], world.size, **limits)
-    return [pack([samples[i] for i in documents]) for documents in ranks[world.rank]]
+    readers = split([len(s) for s in samples], world.num_readers, **limits)
+    return [pack([samples[i] for i in documents]) for documents in readers[world.reader]]
 
 
 def gradients(engine: Engine) -> dict[str, torch.Tensor]:

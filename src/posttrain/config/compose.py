@@ -27,6 +27,7 @@ from posttrain.config.describe import (
     type_name,
     types_of,
 )
+from posttrain.config.dialects import TRANSLATED
 from posttrain.config.ignored import options_without_effect
 from posttrain.config.schema import Config
 from posttrain.errors import InputError
@@ -37,11 +38,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Resolved:
-    """The options of a run. `origins` says of each where it was set last; `ignored` names those without effect."""
+    """The options of a run. `origins` says of each where it was set last; `ignored` names those without effect; `translated`
+    those that were given by another name."""
 
     config: Config
     origins: dict[str, str]
     ignored: list[dict[str, str]]
+    translated: list[dict[str, str]]
 
     def as_yaml(self) -> str:
         """Every option as a recipe file that gives this config again."""
@@ -52,7 +55,9 @@ class Resolved:
     def as_json(self) -> str:
         values = self.config.model_dump(mode="json")
         told = {key: {"value": _at(values, key), "origin": origin} for key, origin in self.origins.items()}
-        return json.dumps({"options": told, "translated": [], "ignored": self.ignored}, indent=2, ensure_ascii=False)
+        return json.dumps(
+            {"options": told, "translated": self.translated, "ignored": self.ignored}, indent=2, ensure_ascii=False
+        )
 
     def __rich__(self) -> RenderableType:
         return describe_resolved(self)
@@ -102,6 +107,7 @@ class _Draft:
     values: dict[str, Any] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=lambda: dict.fromkeys(options(), DEFAULT))
     problems: list[str] = field(default_factory=list)
+    translated: list[dict[str, str]] = field(default_factory=list)
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
@@ -125,6 +131,7 @@ class _Draft:
             self.put(override.key, override.value, override.text, COMMAND_LINE)
 
     def put(self, key: str, value: Any, text: Any, origin: str) -> None:
+        key = self._our_name(key)
         option = _option_of(key)
         if option is None:
             self.problems.append(_unknown(key, origin))
@@ -134,6 +141,7 @@ class _Draft:
         self.origins[option] = origin
 
     def reset(self, key: str) -> None:
+        key = self._our_name(key)
         option = _option_of(key)
         if option is None:
             self.problems.append(_unknown(key, COMMAND_LINE))
@@ -150,7 +158,12 @@ class _Draft:
             self.problems += _wrong_values(error, self.origins)
         if self.problems:
             raise InputError("\n".join(self.problems))
-        return Resolved(config, self.origins, options_without_effect(config, self.origins))
+        return Resolved(config, self.origins, options_without_effect(config, self.origins), self.translated)
+
+    def _our_name(self, key: str) -> str:
+        if key in TRANSLATED:
+            self.translated.append({"given": key, "key": TRANSLATED[key]})
+        return TRANSLATED.get(key, key)
 
     def _forget(self, key: str) -> None:
         """Drop what `key` replaces: itself, what is inside it, what it would be inside of."""

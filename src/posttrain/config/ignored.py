@@ -24,13 +24,37 @@ def options_without_effect(config: Config, origins: dict[str, str]) -> list[dict
 
 def _without_effect(config: Config) -> Iterator[tuple[str, str]]:
     yield from _of_model_and_data(config)
+    yield from _of_adapters(config)
+    yield from _of_layout(config)
     yield from _of_optim(config)
     yield from _of_validation(config)
     yield from _of_trainer(config)
 
 
+def _of_layout(config: Config) -> Iterator[tuple[str, str]]:
+    if _processes(config) == 1:
+        yield "engine.fsdp_size", "there is one process"
+        yield "engine.reshard_after_forward", "there is one process, which holds all weights anyway"
+    if config.trainer.device == "cpu":
+        for option in ("param_offload", "optimizer_offload"):
+            yield f"engine.{option}", "trainer.device=cpu computes in the memory that it would free"
+
+
+def _of_adapters(config: Config) -> Iterator[tuple[str, str]]:
+    model = config.model
+    shape = ("lora_rank", "lora_alpha", "lora_dropout", "target_modules")
+    if model.lora_adapter_path:
+        for option in shape:
+            yield f"model.{option}", "the adapter of model.lora_adapter_path brings its own"
+    elif not model.lora_rank:
+        for option in shape[1:]:
+            yield f"model.{option}", "model.lora_rank is 0, so there is no adapter"
+
+
 def _of_model_and_data(config: Config) -> Iterator[tuple[str, str]]:
     model, data = config.model, config.data
+    if not model.enable_gradient_checkpointing:
+        yield "model.gradient_checkpointing_every", "model.enable_gradient_checkpointing is false"
     if model.path and Path(model.path).is_dir():
         yield "model.revision", "model.path is a folder, and folders have no revisions"
     if data.messages_key:
@@ -72,6 +96,11 @@ def _of_trainer(config: Config) -> Iterator[tuple[str, str]]:
     num_started = os.environ.get("LOCAL_WORLD_SIZE")  # by torchrun; posttrain's own launcher starts what was asked for
     if num_started and trainer.n_gpus_per_node != int(num_started):
         yield "trainer.n_gpus_per_node", f"torchrun already started {num_started} on this machine"
+
+
+def _processes(config: Config) -> int:
+    """How many there will be: torchrun's, else those that the options ask for."""
+    return int(os.environ.get("WORLD_SIZE", config.trainer.n_gpus_per_node or 1))
 
 
 def _is_local(name: str) -> bool:

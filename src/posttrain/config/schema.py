@@ -84,9 +84,27 @@ class ModelOptions(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of forward and backward; weights and optimizer stay in float32. `auto`: bfloat16 where the device is
     fast at it, float32 on CPU."""
+    weights_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format in which trained weights, their gradients and optimizer states are kept. bfloat16 needs half of that
+    memory and loses small updates; gradients are summed over processes in float32 either way."""
     enable_gradient_checkpointing: bool = False
     """Keep only each block's input and compute the block again in the backward pass: about a third more time for a
     fraction of the activation memory."""
+    gradient_checkpointing_every: PositiveInt = 1
+    """Compute every so many blocks again instead of all: 2 costs half the time and saves half the memory."""
+    torch_compile: bool = False
+    """Compile each block once, by torch.compile, for rows of any length: faster steps after a slow first one."""
+    lora_rank: NonNegativeInt = 0
+    """Rank of LoRA adapters beside frozen weights (Hu et al. 2021); 0 trains all weights."""
+    lora_alpha: PositiveFloat = 16
+    """An adapter's output is scaled by `model.lora_alpha / model.lora_rank`."""
+    lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of an adapter's inputs that is dropped in training."""
+    target_modules: TextList = ["all-linear"]
+    """Linear layers that get an adapter, by the ends of their names such as [q_proj,v_proj]; all-linear: all but the output
+    layer."""
+    lora_adapter_path: PathText | None = None
+    """Adapter folder of peft to go on from; its rank, alpha and layers are used."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model; say yes only to authors that you trust."""
 
@@ -127,7 +145,7 @@ class DataOptions(Section):
     """Rows of one forward pass on one device. Never changes the result. Not given: `data.max_tokens_per_gpu` decides."""
     max_tokens_per_gpu: PositiveInt | None = None
     """Tokens of one forward pass on one device: rows are packed up to it without padding. Never changes the result. Not
-    given: 16,384 on accelerators, 4,096 on CPU, and `data.max_length` if that is more."""
+    given: 16,384 on accelerators, 4,096 on CPU, and `data.max_length` if that is more. Devices that share a row add up."""
     packing: bool = True
     """Rows of a micro-batch share one forward pass, without seeing each other. `false` runs them one by one: slower, the
     same result; for models whose layers carry state along the row."""
@@ -137,6 +155,26 @@ class DataOptions(Section):
     """Processes that render and tokenize. Not given: one per core for large sets, none for small ones."""
     cache_dir: PathText = "~/.cache/posttrain"
     """Where tokenized rows are kept; a second run with the same rows, tokenizer and template starts at once."""
+
+
+class EngineOptions(Section):
+    """How one model is laid over several processes. Nothing here changes the result."""
+
+    fsdp_size: PositiveInt | None = None
+    """Processes that share one copy of the weights; further processes hold copies of it (hybrid sharding). Not given: all
+    share one."""
+    reshard_after_forward: bool = True
+    """Give back a block's whole weights after its forward pass and gather them again for the backward pass; `false` talks
+    less and holds the whole weights in between."""
+    ulysses_sequence_parallel_size: PositiveInt = 1
+    """Processes that share one packed row, each with a part of its tokens (Jacobs et al. 2023, DeepSpeed Ulysses): for rows
+    whose activations do not fit on one device."""
+    param_offload: bool = False
+    """Keep weights and gradients in CPU memory, and bring each block to the device when it computes: slower, for models
+    that do not fit."""
+    optimizer_offload: bool = False
+    """Keep the optimizer's averages in CPU memory, and bring each tensor's to the device when it moves: 8 bytes a weight
+    less on the device."""
 
 
 class OptimOptions(Section):
@@ -249,6 +287,7 @@ class Config(Section):
 
     model: ModelOptions = ModelOptions()
     data: DataOptions = DataOptions()
+    engine: EngineOptions = EngineOptions()
     optim: OptimOptions = OptimOptions()
     trainer: TrainerOptions = TrainerOptions()
     rollout: RolloutOptions = RolloutOptions()

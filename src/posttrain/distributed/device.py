@@ -35,6 +35,21 @@ class Device:
         return dist.get_default_backend_for_device(self.torch_device)
 
     @property
+    def host(self) -> torch.device:
+        """Where what is offloaded lives."""
+        return torch.device("cpu")
+
+    @property
+    def has_own_memory(self) -> bool:
+        """False where the device computes in the host's memory."""
+        return self.type != "cpu"
+
+    def zeros_like(self, tensor: torch.Tensor, home: torch.device) -> torch.Tensor:
+        """Zeros on `home`; in the host's memory pinned, so that the device copies without waiting."""
+        pinned = self.has_own_memory and home == self.host
+        return torch.zeros_like(tensor, device=home, pin_memory=pinned)
+
+    @property
     def default_max_tokens(self) -> int:
         """Tokens of a micro-batch where the user says nothing."""
         return TOKENS_A_MICRO_BATCH.get(self.type, TOKENS_A_MICRO_BATCH_ELSEWHERE)

@@ -1,39 +1,138 @@
-"""What is done to a model before it trains, in the order that matters: recomputation, then sharding."""
+"""What is done to a policy before it trains, in the order that matters: recomputation, compilation, sharding, weights."""
 
 from __future__ import annotations
 
 import torch
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch import Tensor
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from posttrain.config.schema import EngineOptions
 from posttrain.distributed.world import World
+from posttrain.models.attention import leave_uncompiled
 from posttrain.models.policy import Policy
+from posttrain.models.weights import Part, Weights
 
 
-def prepare(policy: Policy, world: World, dtype: torch.dtype, gradient_checkpointing: bool) -> Policy:
-    """The policy on its device, ready to train: float32 weights, `dtype` for forward and backward.
+def prepare(
+    policy: Policy,
+    world: World,
+    dtype: torch.dtype,
+    layout: EngineOptions,
+    *,
+    recompute_every: int | None = None,
+    compile_blocks: bool = False,
+) -> Policy:
+    """The policy ready for its weights: every `recompute_every`-th block recomputed, `dtype` for forward and backward.
 
-    Several processes shard weights, gradients and optimizer states by FSDP2, block by block. Gradients are summed over
-    processes, not averaged: the loss is divided by its number of tokens already.
+    On a mesh FSDP2 shards weights, gradients and optimizer states block by block. Gradients are summed over processes, not
+    averaged: the loss is divided by its number of tokens already.
     """
-    if gradient_checkpointing:
-        lm = policy.lm  # transformers renames the method from 5.23 on
-        enable = getattr(lm, "activation_checkpointing_enable", lm.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
+    if recompute_every is not None:
+        _recompute(policy, recompute_every)
+    if compile_blocks:
+        leave_uncompiled()
+        for block in policy.blocks:
+            block.compile(dynamic=True)
     if world.mesh is None:
         return policy.to(world.device.torch_device)
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    offload = CPUOffloadPolicy(pin_memory=world.device.has_own_memory) if layout.param_offload else OffloadPolicy()
     for block in policy.blocks:
-        fully_shard(block, mesh=world.mesh, mp_policy=precision)
-    fully_shard(policy, mesh=world.mesh, mp_policy=precision, reshard_after_forward=False)
+        fully_shard(
+            block,
+            mesh=world.mesh,
+            mp_policy=precision,
+            offload_policy=offload,
+            reshard_after_forward=layout.reshard_after_forward,
+        )
+    fully_shard(policy, mesh=world.mesh, mp_policy=precision, offload_policy=offload, reshard_after_forward=False)
     register_fsdp_forward_method(policy, "reference_logprobs")
     for module in policy.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    return policy.to(world.device.torch_device)
+    return policy
+
+
+@torch.no_grad()
+def fill(policy: Policy, weights: Weights, world: World, layout: EngineOptions) -> None:
+    """Give a sharded policy without memory its weights, a tensor at a time. Every process must call this."""
+    device = world.device
+    tables = {name: buffer for name, buffer in policy.named_buffers() if not buffer.is_meta}
+    policy.to_empty(device=device.host if layout.param_offload else device.torch_device)
+    for name, table in tables.items():
+        owner, _, key = name.rpartition(".")
+        policy.get_submodule(owner)._buffers[key] = table.to(device.torch_device)
+    lm = policy.lm
+    for name, parameter in lm.named_parameters():
+        part = _local_part(parameter)
+        local(parameter).copy_(weights.read(name, tuple(parameter.shape), part))
+    in_files = lm.state_dict().keys()
+    for name, buffer in lm.named_buffers():
+        if name in in_files:
+            buffer.data = weights.read(name, tuple(buffer.shape), _whole(buffer)).to(device.torch_device)
+
+
+def sum_copies(policy: Policy, world: World, now: bool) -> None:
+    """Whether the next backward pass adds up the gradients of all copies of the weights; once a step is enough."""
+    if world.mesh is not None and world.mesh.ndim > 1:
+        assert isinstance(policy, FSDPModule)
+        policy.set_requires_all_reduce(now)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def like(shard: Tensor, parameter: Tensor) -> Tensor:
+    """A local tensor as the same part of a sharded one as the parameter's."""
+    if not isinstance(parameter, DTensor):
+        return shard
+    return DTensor.from_local(
+        shard, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
+    )
+
+
+def whole(tensor: Tensor, device: torch.device) -> Tensor:
+    """A sharded tensor gathered from all processes, on `device`. Every process must call this."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    if tensor.to_local().device != device:  # offloaded: collectives run on the device
+        return DTensor.full_tensor(like(tensor.to_local().to(device), tensor))  # type: ignore[arg-type]
+    return tensor.full_tensor()
+
+
+def _local_part(parameter: Tensor) -> Part:
+    if not isinstance(parameter, DTensor):
+        return _whole(parameter)
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+
+
+def _whole(tensor: Tensor) -> Part:
+    return tuple(slice(0, size) for size in tensor.shape)
 
 
 def at_rest(policy: Policy) -> None:
     """Give back the whole weights that a forward pass without a backward pass leaves gathered."""
     if isinstance(policy, FSDPModule):
         policy.reshard()
+
+
+def _recompute(policy: Policy, every: int) -> None:
+    lm = policy.lm  # transformers renames the method from 5.23 on
+    enable = getattr(lm, "activation_checkpointing_enable", lm.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
+    for number, block in enumerate(policy.blocks):
+        if number % every:
+            block.gradient_checkpointing = False  # type: ignore[assignment]

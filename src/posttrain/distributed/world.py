@@ -14,7 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from posttrain.config.schema import EngineOptions
 from posttrain.distributed.device import Device
+from posttrain.distributed.sequence import Sequence
 from posttrain.errors import InputError, RunError
 
 T = TypeVar("T")
@@ -23,23 +25,51 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # the first process tokenizes while 
 
 @dataclass(frozen=True)
 class World:
-    """All processes; `mesh` is None when there is one."""
+    """All processes, seen two ways.
+
+    `mesh` lays weights over them: its axis `shard` cuts one copy, its axis `replicate`, if there is one, counts copies; it
+    is None where nothing is cut. `sequence` holds those that share this one's rows, None where each has its own.
+    """
 
     device: Device
     rank: int = 0
     size: int = 1
     mesh: DeviceMesh | None = None
+    sequence: Sequence | None = None
 
     @property
     def is_main(self) -> bool:
         """True on the one process that prints and writes."""
         return self.rank == 0
 
+    @property
+    def num_readers(self) -> int:
+        """Groups of processes that each read rows of their own."""
+        return self.size // self.sequence.size if self.sequence else self.size
+
+    @property
+    def reader(self) -> int:
+        """Which of those this process belongs to."""
+        return self.rank // self.sequence.size if self.sequence else self.rank
+
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, in place. Every process must call this."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def sum_over_readers(self, tensor: Tensor) -> Tensor:
+        """The same where processes that share a row hold the same number, which counts once."""
+        if self.sequence and self.sequence.rank:
+            tensor.zero_()
+        return self.sum(tensor)
+
+    def sum_over_shards(self, tensor: Tensor) -> Tensor:
+        """The sum over the processes that share one copy of the weights, in place. Every process must call this."""
+        if self.mesh is not None and self.mesh.ndim > 1:
+            dist.all_reduce(tensor, group=self.mesh.get_group("shard"))
+            return tensor
+        return self.sum(tensor)
 
     def on_main(self, action: Callable[[], T]) -> T:
         """What `action` returns on the main process, everywhere; its InputError or RunError too. All must call this."""
@@ -82,24 +112,49 @@ def world_size_wanted() -> int:
 
 
 @contextmanager
-def join_world(device: Device, dtype: torch.dtype = torch.float32) -> Iterator[World]:
+def join_world(
+    device: Device, dtype: torch.dtype = torch.float32, layout: EngineOptions | None = None
+) -> Iterator[World]:
     """This process among the others that the launcher started; alone without one.
 
-    One process has a mesh too where FSDP2 does something for it: keep float32 weights while it computes in `dtype`.
+    One process has a mesh too where FSDP2 does something for it: keep float32 weights while it computes in `dtype`, or keep
+    them on another device. Raises InputError where the processes cannot be laid out as asked.
     """
+    layout = layout or EngineOptions()
     size = world_size_wanted()
-    if size == 1 and dtype == torch.float32:
+    shard_size = _checked_sizes(layout, size)
+    if size == 1 and dtype == torch.float32 and not layout.param_offload:
         yield World(device)
         return
     alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
     bound = None if device.type == "cpu" else device.torch_device
     dist.init_process_group(device.backend, timeout=COLLECTIVE_TIMEOUT, device_id=bound, **alone)
     try:
-        mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
-        yield World(device, dist.get_rank(), size, mesh)
+        if shard_size == size:
+            mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
+        else:
+            mesh = init_device_mesh(
+                device.type, (size // shard_size, shard_size), mesh_dim_names=("replicate", "shard")
+            )
+        yield World(device, dist.get_rank(), size, mesh, Sequence.of(layout.ulysses_sequence_parallel_size))
         dist.barrier()  # nobody leaves while another still talks
     finally:
         dist.destroy_process_group()
+
+
+def _checked_sizes(layout: EngineOptions, size: int) -> int:
+    """Processes that share one copy of the weights. Raises InputError."""
+    wanted = {
+        "engine.fsdp_size": layout.fsdp_size or size,
+        "engine.ulysses_sequence_parallel_size": layout.ulysses_sequence_parallel_size,
+    }
+    for option, number in wanted.items():
+        if size % number:
+            raise InputError(
+                f"{option}={number} does not divide the {size} {'process' if size == 1 else 'processes'} of this run. Start "
+                f"a multiple of {number} (trainer.n_gpus_per_node), or choose a divisor of {size}."
+            )
+    return wanted["engine.fsdp_size"]
 
 
 def seed_all(*parts: int) -> None:

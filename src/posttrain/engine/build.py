@@ -1,22 +1,30 @@
-"""Options -> an engine: load, wrap, shard, compare with transformers, add the optimizer."""
+"""Options -> an engine: load, add adapters, shard, fill, add the optimizer, compare with transformers."""
 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 
-from posttrain.config.schema import ModelOptions, OptimOptions
-from posttrain.distributed.sharding import at_rest, prepare
+from posttrain.config.schema import EngineOptions, ModelOptions, OptimOptions
+from posttrain.distributed.broadcast import BroadcastWeights
+from posttrain.distributed.sequence import heads_refused
+from posttrain.distributed.sharding import fill, local, prepare
 from posttrain.distributed.world import World
+from posttrain.engine.check import check_engine
 from posttrain.engine.engine import Engine
 from posttrain.engine.optimizer import AdamW, learning_rate, warmup_steps
-from posttrain.models.load import find_model, load_model
-from posttrain.models.policy import Policy, check_policy
+from posttrain.errors import InputError
+from posttrain.models.load import empty_model, find_model, load_config, load_model, set_tables
+from posttrain.models.lora import Adapters, AdapterWeights, add_adapters, fill_adapters, fingerprint, wants_adapters
+from posttrain.models.policy import Policy
+from posttrain.models.weights import FileWeights, Weights, weights_folder
 
 
 def build_engine(
     model: ModelOptions,
+    layout: EngineOptions,
     optim: OptimOptions,
     num_steps: int,
     world: World,
@@ -25,23 +33,47 @@ def build_engine(
     packing: bool,
     seed: int,
 ) -> Engine:
-    """The engine of a run of `num_steps` steps. Every process must call this."""
-    lm = load_model(
-        find_model(model.path),
-        dtype=torch.float32,
-        random_weights=model.random_weights,
-        override_config=model.override_config,
-        revision=model.revision,
-        trust=model.trust_remote_code,
-        seed=seed,
+    """The engine of a run of `num_steps` steps, which computes in `dtype`. Every process must call this."""
+    check_layout(model, layout, packing)
+    sharded, wanted = world.mesh is not None, wants_adapters(model)
+    lm, base = _empty(model, world, seed) if sharded else (_whole(model, seed), None)
+    adapter_config = add_adapters(lm, model, dtype) if wanted else None
+    weights = AdapterWeights(base, model, seed) if wanted else base
+    policy = prepare(
+        Policy(lm, packing),
+        world,
+        dtype,
+        layout,
+        recompute_every=model.gradient_checkpointing_every if model.enable_gradient_checkpointing else None,
+        compile_blocks=model.torch_compile,
     )
-    policy = prepare(Policy(lm, packing), world, dtype, model.enable_gradient_checkpointing)
-    check_policy(policy, world.device.torch_device)
-    at_rest(policy)
-    return Engine(policy, world, partial(make_optimizer, optim, num_steps), seed)
+    if sharded and weights:
+        fill(policy, weights, world, layout)
+    elif isinstance(weights, AdapterWeights):
+        fill_adapters(lm, weights)
+    adapters = Adapters(adapter_config, str(model.path), _base_fingerprint(policy, world)) if adapter_config else None
+    engine = Engine(policy, world, partial(make_optimizer, optim, layout, num_steps), seed, adapters)
+    check_engine(engine, dtype)
+    return engine
 
 
-def make_optimizer(optim: OptimOptions, num_steps: int, policy: Policy, world: World) -> AdamW:
+def check_layout(model: ModelOptions, layout: EngineOptions, packing: bool) -> None:
+    """Raise InputError for what cannot work together, before anything large is loaded."""
+    size = layout.ulysses_sequence_parallel_size
+    if size == 1:
+        return
+    option = f"engine.ulysses_sequence_parallel_size={size}"
+    if not packing:
+        raise InputError(
+            f"{option} cuts packed rows, and data.packing=false runs each document alone. Choose one of the two."
+        )
+    config = load_config(find_model(model.path), model.override_config, model.revision, model.trust_remote_code)
+    refused = heads_refused(config.get_text_config().num_attention_heads, size)
+    if refused:
+        raise InputError(f"{option}: {refused}.")
+
+
+def make_optimizer(optim: OptimOptions, layout: EngineOptions, num_steps: int, policy: Policy, world: World) -> AdamW:
     warmup = warmup_steps(num_steps, optim.lr_warmup_steps, optim.lr_warmup_steps_ratio)
     rate = learning_rate(
         optim.lr, optim.lr_scheduler_type, num_steps, warmup, optim.min_lr_ratio, optim.wsd_decay_ratio
@@ -54,4 +86,38 @@ def make_optimizer(optim: OptimOptions, num_steps: int, policy: Policy, world: W
         eps=optim.eps,
         weight_decay=optim.weight_decay,
         clip_grad=optim.clip_grad,
+        offload=layout.optimizer_offload,
     )
+
+
+def _source(model: ModelOptions) -> dict[str, Any]:
+    return {
+        "path": find_model(model.path),
+        "dtype": getattr(torch, model.weights_dtype),
+        "override_config": model.override_config,
+        "revision": model.revision,
+        "trust": model.trust_remote_code,
+    }
+
+
+def _whole(model: ModelOptions, seed: int) -> Any:
+    return load_model(**_source(model), random_weights=model.random_weights, seed=seed)
+
+
+def _empty(model: ModelOptions, world: World, seed: int) -> tuple[Any, Weights]:
+    """The model without memory, and where its weights come from: files read in parts where they can be, else one process."""
+    source = _source(model)
+    lm, complete = empty_model(**source)
+    if complete and not model.random_weights:
+        folder = world.on_main(lambda: weights_folder(source["path"], model.revision))
+        found = FileWeights.matching(folder, lm)
+        if found:
+            return lm, found
+    handed = BroadcastWeights(world, partial(_whole, model, seed), source["dtype"])
+    set_tables(lm, handed.tables)
+    return lm, handed
+
+
+def _base_fingerprint(policy: Policy, world: World) -> str:
+    frozen = ((name, local(p)) for name, p in policy.lm.named_parameters() if not p.requires_grad)
+    return fingerprint(frozen, world.sum_over_shards)

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from posttrain.distributed.sharding import at_rest
+from posttrain.distributed.sharding import at_rest, sum_copies, whole
 from posttrain.distributed.world import World, seed_all
 from posttrain.engine.optimizer import AdamW, StepReport
 from posttrain.losses.loss import Loss
 from posttrain.models.attention import Documents
+from posttrain.models.lora import Adapters, is_adapter_weight, merged_weights
 from posttrain.models.policy import Policy
 from posttrain.records import MicroBatch
 
@@ -36,8 +36,15 @@ class LossReport:
 class Engine:
     """A policy that learns. Every process must call every verb, with as many micro-batches as any other."""
 
-    def __init__(self, policy: Policy, world: World, make_optimizer: Callable[[Policy, World], AdamW], seed: int = 0):
-        self.policy, self.world, self.seed = policy, world, seed
+    def __init__(
+        self,
+        policy: Policy,
+        world: World,
+        make_optimizer: Callable[[Policy, World], AdamW],
+        seed: int = 0,
+        adapters: Adapters | None = None,
+    ):
+        self.policy, self.world, self.seed, self.adapters = policy, world, seed, adapters
         self.optimizer = make_optimizer(policy, world)
         self.step = 0  # optimizer steps taken or skipped
 
@@ -53,7 +60,8 @@ class Engine:
         """Add the gradients of one step's loss, of which these micro-batches are this process's part."""
         device = self.world.device.torch_device
         local_weight = sum(float(m.weights_T.sum(dtype=np.float64)) for m in micro_batches)
-        total_weight = self.world.sum(torch.tensor(local_weight, dtype=torch.float64, device=device)).float()
+        own = torch.tensor(local_weight, dtype=torch.float64, device=device)
+        total_weight = self.world.sum_over_readers(own).float()
         total = torch.zeros((), device=device)
         self.policy.train()
         for index, micro_batch in enumerate(micro_batches):
@@ -61,9 +69,10 @@ class Engine:
             weights_T = torch.from_numpy(micro_batch.weights_T).to(device, non_blocking=True)
             slope_T = loss.slope(weights_T, total_weight) if loss.slope else None
             value = loss.value(self._logprobs(micro_batch, slope_T), weights_T, total_weight)
+            sum_copies(self.policy, self.world, now=index == len(micro_batches) - 1)
             value.backward()
             total += value.detach()
-        return LossReport(self.world.sum(total), total_weight)
+        return LossReport(self.world.sum_over_readers(total), total_weight)
 
     def optim_step(self) -> StepReport:
         """Clip, move the weights, clear the gradients; a gradient that is not finite moves nothing."""
@@ -72,38 +81,52 @@ class Engine:
         return report
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """Weights and optimizer state by name, sharing memory with the engine: what checkpoints write and fill."""
+        """Trained weights and optimizer state by name, sharing memory with the engine: what checkpoints write and fill.
+
+        Frozen weights are left out; `base` tells whether they are the same ones.
+        """
         lm = self.policy.lm
-        tied = {name for name, _ in lm.named_parameters(remove_duplicate=False)} - {
-            name for name, _ in lm.named_parameters()
-        }
-        weights = {name: weight for name, weight in lm.state_dict().items() if name not in tied}
+        trained = {name for name, parameter in lm.named_parameters() if parameter.requires_grad}
+        buffers = {name for name, _ in lm.named_buffers()}
+        weights = {name: weight for name, weight in lm.state_dict().items() if name in trained | buffers}
         return {"model": weights, "optimizer": self.optimizer.state()}
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The model's whole weights, one at a time, on every process."""
+        """The plain model's whole weights, adapters merged in, one at a time, on every process."""
+        device = self.world.device.torch_device
+        weights = ((name, whole(weight, device)) for name, weight in self.policy.lm.state_dict().items())
+        return merged_weights(self.policy.lm, weights) if self.adapters else weights
+
+    def named_adapter(self) -> Iterator[tuple[str, Tensor]]:
+        """The whole adapter weights by their own names, one at a time, on every process."""
         for name, weight in self.policy.lm.state_dict().items():
-            yield name, weight.full_tensor() if isinstance(weight, DTensor) else weight
+            if is_adapter_weight(name):
+                yield name, whole(weight, self.world.device.torch_device)
 
     def named_gradients(self) -> Iterator[tuple[str, Tensor]]:
         """The whole gradients gathered so far, one at a time, on every process."""
         for name, parameter in self.policy.lm.named_parameters():
             if parameter.grad is not None:
-                gradient = parameter.grad
-                yield name, gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+                yield name, whole(parameter.grad, self.world.device.torch_device)
 
     def _logprobs(self, micro_batch: MicroBatch, slope_T: Tensor | None = None) -> Tensor:
-        """Log-probabilities (T) of the labels with weight, 0 elsewhere: only those tokens meet the vocabulary."""
-        device = self.world.device.torch_device
-        counting_S = np.flatnonzero(micro_batch.weights_T)
+        """Log-probabilities (T) of the labels with weight, 0 elsewhere: only those tokens meet the vocabulary.
+
+        Processes that share a row each compute a part of it, and all get the whole: a loss may need whole sequences.
+        """
+        device, sequence = self.world.device.torch_device, self.world.sequence
+        part = sequence.cut(micro_batch) if sequence else micro_batch
+        counting_S = np.flatnonzero(part.weights_T)
         if not len(counting_S):
-            counting_S = np.zeros(1, dtype=np.int64)  # a filler takes part with one token of weight 0
-        labels_T = np.maximum(micro_batch.labels_T, 0)
-        ids_T, positions_T, labels, chosen_S = (
+            counting_S = np.zeros(1, dtype=np.int64)  # a part without any takes part with one token of weight 0
+        ids_T, positions_T, labels_T, chosen_S = (
             torch.from_numpy(array).to(device, non_blocking=True)
-            for array in (micro_batch.ids_T, micro_batch.positions_T, labels_T, counting_S)
+            for array in (part.ids_T, part.positions_T, np.maximum(part.labels_T, 0), counting_S)
         )
-        documents = Documents.of(micro_batch.lengths_N, device)
+        documents = Documents.of(part.lengths_N, device, sequence)
+        if slope_T is not None and sequence:
+            slope_T = sequence.own_part(slope_T)
         slope_S = None if slope_T is None else slope_T[chosen_S]
-        logprobs_S = self.policy(ids_T, positions_T, labels, chosen_S, documents, slope_S)
-        return torch.zeros(len(ids_T), device=device).index_copy(0, chosen_S, logprobs_S)
+        logprobs_S = self.policy(ids_T, positions_T, labels_T, chosen_S, documents, slope_S)
+        logprobs_T = torch.zeros(len(ids_T), device=device).index_copy(0, chosen_S, logprobs_S)
+        return sequence.join(logprobs_T, len(micro_batch.ids_T)) if sequence else logprobs_T

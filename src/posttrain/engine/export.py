@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from posttrain.engine.engine import Engine
 from posttrain.errors import RunError
+from posttrain.models.lora import save_adapter
 
 
 def assemble(engine: Engine, dtype: torch.dtype, device: torch.device | None = None) -> Any:
@@ -29,12 +30,21 @@ def export(engine: Engine, tokenizer: Any, folder: Path, dtype: torch.dtype, end
     `end_ids` are the tokens that ended turns in training; generation stops at them. Raises RunError; what was in the
     folder stays until the new model is complete.
     """
-    world = engine.world
-    weights = {}
-    for name, weight in engine.named_weights():
-        if world.is_main:  # the others take part in gathering, and keep nothing
-            weights[name] = weight.to("cpu", dtype)
-    world.on_main(lambda: _write(_assemble(engine, weights.items()), tokenizer, folder, set(end_ids)))
+    weights = _on_main(engine, engine.named_weights(), dtype)
+    adapter = _on_main(engine, engine.named_adapter(), torch.float32)
+
+    def write(aside: Path) -> None:
+        _write(_assemble(engine, weights.items()), tokenizer, aside, set(end_ids))
+        if engine.adapters:
+            save_adapter(aside / "adapter", engine.adapters, adapter)
+
+    engine.world.on_main(lambda: _replace(folder, write))
+
+
+def _on_main(engine: Engine, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Whole tensors on the main process's host; the others take part in gathering, and keep nothing."""
+    host = engine.world.device.host
+    return {name: weight.to(host, dtype) for name, weight in weights if engine.world.is_main}
 
 
 def _assemble(engine: Engine, weights: Iterable[tuple[str, Tensor]]) -> Any:
@@ -64,11 +74,16 @@ def _write(model: Any, tokenizer: Any, folder: Path, end_ids: set[int]) -> None:
     model.generation_config.eos_token_id = ends[0] if len(ends) == 1 else ends
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _replace(folder: Path, write: Callable[[Path], None]) -> None:
+    """Put what `write` makes in the folder's place, which keeps what it had until the new is complete."""
     aside, before = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
     try:
         shutil.rmtree(aside, ignore_errors=True)
-        model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
+        write(aside)
         shutil.rmtree(before, ignore_errors=True)
         if folder.exists():
             folder.rename(before)

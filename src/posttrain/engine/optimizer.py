@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.optim.adamw import adamw
 
+from posttrain.distributed.sharding import like, local
 from posttrain.distributed.world import World
 
 
@@ -26,7 +28,8 @@ class AdamW:
     """torch's fused AdamW on this process's shards. Matrices decay, vectors (biases, norms) do not.
 
     Clipping and skipping happen inside the fused kernel, so that nothing waits for the norm: a step whose gradient is
-    not finite changes neither weights nor moments.
+    not finite changes neither weights nor moments. What lives in CPU memory (`offload`: the moments; weights, where FSDP2
+    keeps them there) comes to the device a tensor at a time.
     """
 
     def __init__(
@@ -39,71 +42,91 @@ class AdamW:
         eps: float,
         weight_decay: float,
         clip_grad: float,
+        offload: bool = False,
     ):
         self.world, self.rate, self.clip_grad = world, rate, clip_grad
+        self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
         self.parameters = {name: p for name, p in parameters if p.requires_grad}
-        self.shards = {name: nn.Parameter(local(p.detach())) for name, p in self.parameters.items()}
-        matrices = [self.shards[name] for name, p in self.parameters.items() if p.dim() >= 2]
-        vectors = [self.shards[name] for name, p in self.parameters.items() if p.dim() < 2]
-        groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        self.torch = torch.optim.AdamW([g for g in groups if g["params"]], lr=1.0, betas=betas, eps=eps, fused=True)
+        device = world.device
+        home = device.host if offload else device.torch_device
+        self.shards = {name: local(p.detach()) for name, p in self.parameters.items()}
+        self.moments = {
+            name: {
+                "step": torch.zeros((), dtype=torch.float32, device=device.torch_device),
+                "exp_avg": device.zeros_like(shard, home),
+                "exp_avg_sq": device.zeros_like(shard, home),
+            }
+            for name, shard in self.shards.items()
+        }
+        self.streams = home != device.torch_device or any(s.device != device.torch_device for s in self.shards.values())
 
     def step(self, step: int) -> StepReport:
         """Move the weights by the gradients gathered so far, at the rate of `step`, and clear them. All ranks call this."""
         gradients = {name: local(p.grad) for name, p in self.parameters.items() if p.grad is not None}
         norm = self._norm(list(gradients.values()))
-        for name, gradient in gradients.items():
-            self.shards[name].grad = gradient
         skipped = (~torch.isfinite(norm)).float()
         # the kernel divides gradients by grad_scale, which is how they are clipped
         over = norm / self.clip_grad if self.clip_grad else torch.ones_like(norm)
-        self.torch.grad_scale = torch.where(over > 1, over, 1.0)  # type: ignore[attr-defined]
-        self.torch.found_inf = skipped  # type: ignore[attr-defined]
+        scale = torch.where(over > 1, over, 1.0)
         lr = self.rate(step)
-        for group in self.torch.param_groups:
-            group["lr"] = lr
-        self.torch.step()
-        self.torch.zero_grad(set_to_none=True)
+        move = self._move_streaming if self.streams else self._move
+        for decays in (True, False):
+            names = [name for name in gradients if (self.parameters[name].dim() >= 2) == decays]
+            if names:
+                move(names, gradients, scale, skipped, lr, self.weight_decay if decays else 0.0)
         for parameter in self.parameters.values():
             parameter.grad = None
         return StepReport(norm, skipped, lr)
 
     def state(self) -> dict[str, Tensor]:
         """Moments and step counts by name; on a mesh as DTensors, so that a checkpoint fits any world size."""
-        for group in self.torch.param_groups:
-            for shard in group["params"]:
-                if not self.torch.state[shard]:
-                    self.torch.state[shard] = {
-                        "step": torch.zeros((), dtype=torch.float32, device=shard.device),
-                        "exp_avg": torch.zeros_like(shard),
-                        "exp_avg_sq": torch.zeros_like(shard),
-                    }
-        state: dict[str, Tensor] = {}
-        for name, parameter in self.parameters.items():
-            for key, value in self.torch.state[self.shards[name]].items():
-                state[f"{name}/{key}"] = like(value, parameter) if value.dim() or key != "step" else value
-        return state
+        return {
+            f"{name}/{key}": value if key == "step" else like(value, self.parameters[name])
+            for name, moments in self.moments.items()
+            for key, value in moments.items()
+        }
+
+    def _move_streaming(self, names: list[str], gradients: dict[str, Tensor], *how: Any) -> None:
+        """The same tensor by tensor, each brought to the device and back where it lives elsewhere."""
+        device = self.world.device.torch_device
+        for name in names:
+            at_home = [self.shards[name], self.moments[name]["exp_avg"], self.moments[name]["exp_avg_sq"]]
+            here = [tensor.to(device, non_blocking=True) for tensor in at_home]
+            gradient = gradients[name].to(device, non_blocking=True)
+            self._adamw([here[0]], [gradient], [here[1]], [here[2]], [self.moments[name]["step"]], *how)
+            for home, moved in zip(at_home, here, strict=True):
+                if home is not moved:
+                    home.copy_(moved, non_blocking=True)
+        self.world.device.synchronize()  # the next forward pass reads what was copied back
+
+    def _move(self, names: list[str], gradients: dict[str, Tensor], *how: Any) -> None:
+        states = [self.moments[name] for name in names]
+        self._adamw(
+            [self.shards[name] for name in names],
+            [gradients[name] for name in names],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [state["step"] for state in states],
+            *how,
+        )
+
+    @torch.no_grad()
+    def _adamw(
+        self, shards, gradients, averages, squares, steps, scale: Tensor, skipped: Tensor, lr: float, decay: float
+    ) -> None:
+        adamw(
+            shards, gradients, averages, squares, [], steps, fused=True, grad_scale=scale, found_inf=skipped,
+            amsgrad=False, beta1=self.betas[0], beta2=self.betas[1], lr=lr, weight_decay=decay, eps=self.eps, maximize=False,
+        )  # fmt: skip
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:
         """Norm (float32) of the whole gradient, over the shards of all processes."""
-        if not gradients:
-            return torch.zeros((), device=self.world.device.torch_device)
-        squares = torch.stack(torch._foreach_norm(gradients, dtype=torch.float32)).square().sum()
-        return self.world.sum(squares).sqrt()
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def like(shard: Tensor, parameter: Tensor) -> Tensor:
-    """A local tensor as the same part of a sharded one as the parameter's."""
-    if not isinstance(parameter, DTensor):
-        return shard
-    return DTensor.from_local(
-        shard, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
-    )
+        squares = torch.zeros((), device=self.world.device.torch_device)
+        if gradients:
+            squares += (
+                torch.stack(torch._foreach_norm(gradients, dtype=torch.float32)).square().sum().to(squares.device)
+            )
+        return self.world.sum_over_shards(squares).sqrt()
 
 
 def learning_rate(

@@ -27,14 +27,14 @@ def sft(config: Config, resolved_yaml: str, gradients_to: str | None = None) -> 
     device = choose_device(config.trainer.device)
     dtype = device.compute_dtype(config.model.dtype)
     with (
-        join_world(device, dtype) as world,
+        join_world(device, dtype, config.engine) as world,
         Display(world.is_main) as display,
         TrainingRun.open(config, resolved_yaml, world, display) as run,
     ):
         data = open_training_data(config, world, display)  # lengths and steps are known before a model is loaded
         run.plan(data)
         engine = build_engine(
-            config.model, config.optim, data.schedule.num_steps, world, dtype,
+            config.model, config.engine, config.optim, data.schedule.num_steps, world, dtype,
             packing=config.data.packing, seed=config.trainer.seed,
         )  # fmt: skip
         run.resume(engine)
@@ -70,11 +70,12 @@ def evaluate_loss(config: Config) -> dict[str, float]:
     """The validation loss of a model, without training: what `--eval_only` prints."""
     device = choose_device(config.trainer.device)
     dtype = device.compute_dtype(config.model.dtype)
-    with join_world(device, dtype) as world, Display(world.is_main) as display:
+    with join_world(device, dtype, config.engine) as world, Display(world.is_main) as display:
         data = open_training_data(config, world, display)
         engine = build_engine(
-            config.model, config.optim, 1, world, dtype, packing=config.data.packing, seed=config.trainer.seed
-        )
+            config.model, config.engine, config.optim, 1, world, dtype,
+            packing=config.data.packing, seed=config.trainer.seed,
+        )  # fmt: skip
         return validate(engine, data, config)
 
 

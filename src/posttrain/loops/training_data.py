@@ -62,8 +62,8 @@ class TrainingData:
 
     def _packed(self, data: TokenizedData, rows: np.ndarray, world: World) -> list[MicroBatch]:
         samples = [data[int(row)] for row in rows]
-        ranks = split([len(sample) for sample in samples], world.size, self.max_rows, self.max_tokens)
-        return [pack([samples[i] for i in documents]) for documents in ranks[world.rank]]
+        readers = split([len(sample) for sample in samples], world.num_readers, self.max_rows, self.max_tokens)
+        return [pack([samples[i] for i in documents]) for documents in readers[world.reader]]
 
 
 def open_training_data(config: Config, world: World, display: Display) -> TrainingData:
@@ -103,9 +103,10 @@ def open_training_data(config: Config, world: World, display: Display) -> Traini
         trainer.seed,
         data.shuffle,
     )
-    max_tokens = data.max_tokens_per_gpu
+    sharing = config.engine.ulysses_sequence_parallel_size  # processes that hold one row
+    max_tokens = data.max_tokens_per_gpu and data.max_tokens_per_gpu * sharing
     if max_tokens is None and data.micro_batch_size_per_gpu is None:
-        max_tokens = max(world.device.default_max_tokens, data.max_length)
+        max_tokens = max(world.device.default_max_tokens * sharing, data.max_length)
     return TrainingData(train, val, val_sources, schedule, make_chat(), data.micro_batch_size_per_gpu, max_tokens)
 
 
@@ -144,9 +145,18 @@ def describe(data: TrainingData, config: Config, world: World) -> list[str]:
     lines.append(
         f"{schedule.num_steps:,} steps of {schedule.batch_size} rows (about {tokens_a_step:,.0f} tokens) = "
         f"{schedule.num_epochs:.4g} epochs of {schedule.steps_per_epoch:,} steps, on {world.size} "
-        f"{'process' if world.size == 1 else 'processes'} ({world.device.type})"
+        f"{'process' if world.size == 1 else 'processes'} ({world.device.type}){_layout(world)}"
     )
     return lines
+
+
+def _layout(world: World) -> str:
+    said = []
+    if world.mesh is not None and world.mesh.ndim > 1:
+        said.append(f"{world.mesh.size(0)} copies of the weights over {world.mesh.size(1)} each")
+    if world.sequence:
+        said.append(f"{world.sequence.size} share a row")
+    return "".join(f", {part}" for part in said)
 
 
 def _sources(data: DataOptions) -> tuple[list[Source], list[Source]]:

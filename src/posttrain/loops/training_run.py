@@ -12,6 +12,7 @@ import torch
 
 from posttrain.config.schema import Config
 from posttrain.distributed.world import World
+from posttrain.engine.check import check_export
 from posttrain.engine.checkpoint import Checkpoints, Progress, read_progress
 from posttrain.engine.engine import Engine, LossReport
 from posttrain.engine.export import export
@@ -20,7 +21,8 @@ from posttrain.errors import InputError, RunError, RunStopped
 from posttrain.loops.step_log import StepLog
 from posttrain.loops.training_data import TrainingData, data_report, describe
 from posttrain.models.flops import forward_backward_flops
-from posttrain.models.load import architecture_fingerprint, find_model, load_config
+from posttrain.models.load import find_model, load_config
+from posttrain.models.lora import model_fingerprint
 from posttrain.records import MicroBatch
 from posttrain.run.folder import RunFolder, RunState, library_versions
 from posttrain.run.metrics import Metrics, drop_after
@@ -67,7 +69,7 @@ class TrainingRun:
         self.data = data
         model = self.config.model
         shape = load_config(find_model(model.path), model.override_config, model.revision, model.trust_remote_code)
-        self.progress = replace(self.progress, data=data.fingerprint, model=architecture_fingerprint(shape))
+        self.progress = replace(self.progress, data=data.fingerprint, model=model_fingerprint(shape, model))
         self.state.total_steps = data.schedule.num_steps
         self.state.data_fingerprint, self.state.model_fingerprint = self.progress.data, self.progress.model
         for line in describe(data, self.config, self.world):
@@ -162,7 +164,10 @@ class TrainingRun:
                 f"Stopped at step {engine.step} of {self.state.total_steps}; saved. The same command goes on from there.",
                 self._stop_signal,
             )
-        self._export(engine, "checkpoint-final")
+        dtype = self._export(engine, "checkpoint-final")
+        if engine.adapters:
+            computed = self.world.device.compute_dtype(self.config.model.dtype)
+            check_export(engine, self.folder.path / "checkpoint-final", exact=dtype == computed == torch.float32)
         self._write_state("finished")
         self._say_what_next()
 
@@ -209,12 +214,13 @@ class TrainingRun:
             self.display.say(f"stopping early: {stale} validations without a better {trainer.best_metric}")
         return better
 
-    def _export(self, engine: Engine, name: str) -> None:
-        """The finished model, in the number format that it came in."""
+    def _export(self, engine: Engine, name: str) -> torch.dtype:
+        """The finished model, in the number format that it came in, which is given back."""
         model = self.config.model
         source = load_config(find_model(model.path), None, model.revision, model.trust_remote_code).dtype
         dtype = source if isinstance(source, torch.dtype) and not model.random_weights else torch.float32
         export(engine, self.data.chat.tokenizer, self.folder.path / name, dtype, self.data.end_ids)
+        return dtype
 
     def _trackers(self) -> list[Any]:
         trainer = self.config.trainer

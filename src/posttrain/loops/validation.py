@@ -36,7 +36,7 @@ def _loss(engine: Engine, data: TrainingData) -> float:
         for micro_batch, logprobs_T in zip(micro_batches, engine.forward(micro_batches), strict=True):
             weights_T = micro_batch.weights_T.astype(np.float64)
             sums += [-(logprobs_T * weights_T).sum(), weights_T.sum()]
-    total = engine.world.sum(torch.tensor(sums, device=engine.world.device.torch_device))
+    total = engine.world.sum_over_readers(torch.tensor(sums, device=engine.world.device.torch_device))
     return float(total[0] / total[1])
 
 

@@ -43,7 +43,7 @@ class _TokenLogprobs(torch.autograd.Function):
         head = Head(weight_VD, bias_V, scale, softcap)
         ctx.head, ctx.known = head, slope_T is not None
         if ctx.known and any(ctx.needs_input_grad[:3]):
-            logprobs_T, *gradients = _with_gradients(hidden_TD, head, labels_T, slope_T)
+            logprobs_T, *gradients = _with_gradients(hidden_TD, head, labels_T, slope_T, ctx.needs_input_grad[1])
             ctx.save_for_backward(*gradients)
             return logprobs_T
         ctx.save_for_backward(hidden_TD, labels_T)
@@ -55,10 +55,9 @@ class _TokenLogprobs(torch.autograd.Function):
             gradients = ctx.saved_tensors
         else:
             hidden_TD, labels_T = ctx.saved_tensors
-            _, *gradients = _with_gradients(hidden_TD, ctx.head, labels_T, slope_T)
-        hidden_grad_TD, weight_grad_VD, *bias_grad_V = gradients
-        bias = bias_grad_V[0] if ctx.head.bias_V is not None else None
-        return hidden_grad_TD, weight_grad_VD, bias, None, None, None, None
+            _, *gradients = _with_gradients(hidden_TD, ctx.head, labels_T, slope_T, ctx.needs_input_grad[1])
+        hidden_grad_TD, weight_grad_VD, bias_grad_V = gradients
+        return hidden_grad_TD, weight_grad_VD, bias_grad_V if ctx.needs_input_grad[2] else None, None, None, None, None
 
 
 def _chunks(num_tokens: int, vocabulary: int) -> list[slice]:
@@ -82,11 +81,13 @@ def _without_gradients(hidden_TD: Tensor, head: Head, labels_T: Tensor) -> Tenso
     return logprobs_T
 
 
-def _with_gradients(hidden_TD: Tensor, head: Head, labels_T: Tensor, slope_T: Tensor) -> tuple[Tensor, ...]:
-    """Log-probabilities, and the gradients of hidden states, weight and bias for the given slopes."""
+def _with_gradients(
+    hidden_TD: Tensor, head: Head, labels_T: Tensor, slope_T: Tensor, of_weight: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Log-probabilities, and the gradients of hidden states, weight (unless it is frozen) and bias for the given slopes."""
     logprobs_T = torch.empty(len(labels_T), dtype=torch.float32, device=hidden_TD.device)
     hidden_grad_TD = torch.empty_like(hidden_TD)
-    weight_grad_VD = torch.zeros_like(head.weight_VD, dtype=torch.float32)
+    weight_grad_VD = torch.zeros_like(head.weight_VD, dtype=torch.float32) if of_weight else None
     bias_grad_V = torch.zeros(len(head.weight_VD), dtype=torch.float32, device=hidden_TD.device)
     for chunk in _chunks(len(labels_T), len(head.weight_VD)):
         hidden_CD, labels_C1 = hidden_TD[chunk], labels_T[chunk, None]
@@ -106,8 +107,16 @@ def _with_gradients(hidden_TD: Tensor, head: Head, labels_T: Tensor, slope_T: Te
             bias_grad_V += grad_CV.sum(0)
         grad_CV = grad_CV.to(hidden_TD.dtype)
         torch.mm(grad_CV, head.weight_VD, out=hidden_grad_TD[chunk])
+        if weight_grad_VD is None:
+            continue
         if weight_grad_VD.dtype == grad_CV.dtype:
             weight_grad_VD.addmm_(grad_CV.T, hidden_CD)
         else:
             weight_grad_VD += grad_CV.T @ hidden_CD
-    return logprobs_T, hidden_grad_TD, weight_grad_VD.to(head.weight_VD.dtype), bias_grad_V.to(head.weight_VD.dtype)
+    dtype = head.weight_VD.dtype
+    return (
+        logprobs_T,
+        hidden_grad_TD,
+        None if weight_grad_VD is None else weight_grad_VD.to(dtype),
+        bias_grad_V.to(dtype),
+    )

@@ -1,6 +1,7 @@
 """Attention over packed rows, inside transformers' attention interface: no token ever sees another document.
 
-On CUDA torch's variable-length flash attention; elsewhere one scaled-dot-product call per document.
+On CUDA torch's variable-length flash attention; elsewhere one scaled-dot-product call per document. Where processes share
+a row, each attends with a part of the heads over all of its tokens.
 """
 
 # T tokens of the packed row, H query heads, K key/value heads, D head dim, L tokens of one document
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from posttrain.distributed.sequence import Sequence
 from posttrain.errors import InputError
 
 PACKED = "posttrain_packed"
@@ -23,15 +25,19 @@ PACKED = "posttrain_packed"
 
 @dataclass(frozen=True)
 class Documents:
-    """Where the documents of a packed row begin and end. `borders` is int32 on the device, num_documents + 1 long."""
+    """Where the documents of a packed row begin and end. `borders` is int32 on the device, num_documents + 1 long.
+
+    `sequence` holds the processes that share the row, if several do.
+    """
 
     lengths: tuple[int, ...]
     borders: Tensor
+    sequence: Sequence | None = None
 
     @classmethod
-    def of(cls, lengths: tuple[int, ...], device: torch.device) -> Documents:
+    def of(cls, lengths: tuple[int, ...], device: torch.device, sequence: Sequence | None = None) -> Documents:
         borders = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return cls(lengths, borders.to(device, non_blocking=True))
+        return cls(lengths, borders.to(device, non_blocking=True), sequence)
 
 
 def packed_attention(
@@ -49,16 +55,31 @@ def packed_attention(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each document; what transformers calls in place of its own. Returns (1, T, H, D)."""
+    """Causal attention within each document; what transformers calls in place of its own. Returns (1, T, H, D).
+
+    Where processes share the row, T is this one's part of it, here and in what comes in.
+    """
     if documents is None or s_aux is not None or attention_mask is not None:
         cause = "uses attention sinks" if s_aux is not None else "brings masks of its own or hides where documents end"
         raise InputError(f"{type(module).__name__} cannot attend over packed rows: it {cause}. Set data.packing=false.")
     flash = query_1HTD.is_cuda and not softcap and not dropout and query_1HTD.dtype != torch.float32
     attend = _varlen if flash else _per_document
-    return attend(query_1HTD, key_1KTD, value_1KTD, documents, scaling, sliding_window, softcap, dropout), None
+    sequence = documents.sequence
+    if sequence is not None:
+        times = sequence.repeats(query_1HTD.shape[1], key_1KTD.shape[1])
+        if times > 1:
+            key_1KTD, value_1KTD = (x.repeat_interleave(times, dim=1) for x in (key_1KTD, value_1KTD))
+        query_1HTD, key_1KTD, value_1KTD = map(sequence.tokens_for_heads, (query_1HTD, key_1KTD, value_1KTD))
+    out_1THD = attend(query_1HTD, key_1KTD, value_1KTD, documents, scaling, sliding_window, softcap, dropout)
+    return sequence.heads_for_tokens(out_1THD) if sequence is not None else out_1THD, None
 
 
 AttentionInterface.register(PACKED, packed_attention)
+
+
+def leave_uncompiled() -> None:
+    """Keep attention out of compiled blocks: its documents differ in every row, and each would be compiled anew."""
+    AttentionInterface.register(PACKED, torch.compiler.disable(packed_attention))
 
 
 def _varlen(query, key, value, documents: Documents, scaling, sliding_window, softcap, dropout) -> Tensor:

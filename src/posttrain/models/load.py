@@ -95,6 +95,57 @@ def load_model(
     return model
 
 
+def empty_model(
+    path: str,
+    *,
+    dtype: torch.dtype,
+    override_config: dict[str, Any] | None = None,
+    revision: str | None = None,
+    trust: bool = False,
+) -> tuple[Any, bool]:
+    """A causal language model whose weights have no memory yet (torch's meta device).
+
+    True where its tables are filled: buffers that no file holds, such as rotary frequencies. Else they must be taken from
+    a whole model, with `tables` and `set_tables`.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(path, override_config, revision, trust)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)
+    for module in model.modules():
+        keys = [
+            key
+            for key, table in module._buffers.items()
+            if table is not None and key in module._non_persistent_buffers_set
+        ]
+        if not keys:
+            continue
+        if not all(module._buffers[key].is_floating_point() for key in keys):
+            return model, False
+        for key in keys:
+            module._buffers[key] = torch.full_like(module._buffers[key], torch.nan, device="cpu")
+        for weight in module.parameters(recurse=False):
+            weight._is_hf_initialized = True  # transformers then makes the tables only
+        model._init_weights(module)
+        if any(module._buffers[key].isnan().any() for key in keys):
+            return model, False
+    return model, True
+
+
+def tables(model: Any) -> dict[str, torch.Tensor]:
+    """The buffers of a whole model that no file holds."""
+    kept = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name not in kept}
+
+
+def set_tables(model: Any, found: dict[str, torch.Tensor]) -> None:
+    for name, table in found.items():
+        owner, _, key = name.rpartition(".")
+        model.get_submodule(owner)._buffers[key] = table
+
+
 def load_config(path: str, override: dict[str, Any] | None, revision: str | None = None, trust: bool = False) -> Any:
     """The model's configuration with fields replaced; unknown fields are refused."""
     from transformers import AutoConfig

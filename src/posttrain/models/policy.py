@@ -13,10 +13,6 @@ from posttrain.errors import InputError
 from posttrain.losses.vocabulary import Head, token_logprobs
 from posttrain.models.attention import PACKED, Documents
 
-PROBE_LENGTHS = (7, 5)
-# largest difference in float32; mean difference in bfloat16, whose kernels round differently
-PROBE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
-
 
 class Policy(nn.Module):
     """Wraps a transformers causal LM. With `packing` documents share a forward pass, else each has its own."""
@@ -82,27 +78,3 @@ def _use_attention(lm: Any, implementation: str) -> None:
         raise InputError(
             f"{type(lm).__name__} does not take our packed attention. Set data.packing=false. ({error})"
         ) from None
-
-
-@torch.no_grad()
-def check_policy(policy: Policy, device: torch.device) -> None:
-    """Compare our log-probabilities of two packed documents with transformers' own. Every rank must call this.
-
-    Raises InputError where they differ: a model whose layers carry state across documents, or which changes its logits in
-    a way unknown here, would train on something else than it computes in use.
-    """
-    ids_T = torch.arange(3, 3 + 11 * sum(PROBE_LENGTHS), 11, device=device) % len(policy.head().weight_VD)
-    positions_T = torch.cat([torch.arange(length, device=device) for length in PROBE_LENGTHS])
-    labels_T, every_T = ids_T.roll(-1), torch.arange(len(ids_T), device=device)
-    was_training = policy.training
-    policy.eval()
-    ours_T = policy(ids_T, positions_T, labels_T, every_T, Documents.of(PROBE_LENGTHS, device))
-    theirs_T = policy.reference_logprobs(ids_T, labels_T, list(PROBE_LENGTHS))
-    policy.train(was_training)
-    gap_T = (ours_T - theirs_T).abs()
-    gap = float(gap_T.max() if policy.lm.dtype == torch.float32 else gap_T.mean())
-    if not gap < PROBE_TOLERANCE[ours_T.dtype if policy.lm.dtype == torch.float32 else torch.bfloat16]:
-        raise InputError(
-            f"{type(policy.lm).__name__}: log-probabilities of packed documents differ from the model's own by {gap:.2g}. "
-            + ("Set data.packing=false." if policy.packing else "This model's output layer is not supported yet.")
-        )

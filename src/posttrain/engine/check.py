@@ -1,0 +1,75 @@
+"""The proof that an engine computes what transformers does, before it trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from posttrain.data.batches import pack
+from posttrain.distributed.sharding import at_rest
+from posttrain.engine.engine import Engine
+from posttrain.errors import InputError, RunError
+from posttrain.models.load import load_model
+from posttrain.records import MicroBatch, Sample
+
+PROBE_LENGTHS = (7, 5)
+# largest difference in float32; mean difference in bfloat16, whose kernels round differently
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+
+
+def probe(vocabulary: int) -> MicroBatch:
+    """Two short documents packed into one row, every token of which counts."""
+    ids = np.arange(3, 3 + 11 * sum(PROBE_LENGTHS), 11, dtype=np.int32) % vocabulary
+    parts = np.split(ids, np.cumsum(PROBE_LENGTHS)[:-1])
+    return pack([Sample(row, part, np.ones(len(part), dtype=np.float32)) for row, part in enumerate(parts)])
+
+
+@torch.no_grad()
+def check_engine(engine: Engine, dtype: torch.dtype) -> None:
+    """Compare our log-probabilities of two packed documents with transformers' own. Every process must call this.
+
+    Raises InputError where they differ: a model whose layers carry state across documents, or which changes its logits in
+    a way unknown here, would train on something else than it computes in use.
+    """
+    policy, device = engine.policy, engine.world.device.torch_device
+    row = probe(len(policy.head().weight_VD))
+    ids_T, labels_T = (torch.from_numpy(np.maximum(array, 0)).to(device) for array in (row.ids_T, row.labels_T))
+    policy.eval()
+    with torch.compiler.set_stance("force_eager"):  # lengths that no training row will have again
+        (ours_T,) = engine.forward([row])
+        theirs_T = policy.reference_logprobs(ids_T, labels_T, list(PROBE_LENGTHS)).cpu().numpy()
+    at_rest(policy)
+    gaps = np.abs(ours_T - theirs_T)[row.weights_T > 0]
+    gap = float(gaps.max() if dtype == torch.float32 else gaps.mean())
+    if not gap < TOLERANCE[dtype]:
+        raise InputError(
+            f"{type(policy.lm).__name__}: log-probabilities of packed documents differ from the model's own by {gap:.2g}. "
+            + ("Set data.packing=false." if policy.packing else "This model's output layer is not supported yet.")
+        )
+
+
+@torch.no_grad()
+def check_export(engine: Engine, folder: Path, exact: bool) -> None:
+    """Load what was written as its users will and compare its log-probabilities with the engine's. Every process must call this.
+
+    `exact`: both compute in float32. Raises RunError where they differ, as when adapters were not merged.
+    """
+    row = probe(len(engine.policy.head().weight_VD))
+    (ours_T,) = engine.forward([row])
+
+    def compare() -> None:
+        model = load_model(str(folder), dtype=torch.float32 if exact else torch.bfloat16).eval()
+        ids_T, labels_T1 = torch.from_numpy(row.ids_T), torch.from_numpy(np.maximum(row.labels_T, 0))[:, None]
+        logits = [model(input_ids=ids[None], use_cache=False).logits[0] for ids in ids_T.split(PROBE_LENGTHS)]
+        theirs_T = torch.cat(logits).float().log_softmax(-1).gather(1, labels_T1)[:, 0].numpy()
+        gaps = np.abs(ours_T - theirs_T)[row.weights_T > 0]
+        gap = float(gaps.max() if exact else gaps.mean())
+        if not gap < TOLERANCE[torch.float32 if exact else torch.bfloat16]:
+            raise RunError(
+                f"{folder} was read back and its log-probabilities differ from the trained model's by {gap:.2g}, so it is not "
+                "what was trained. Checkpoints are untouched; please report this."
+            )
+
+    engine.world.on_main(compare)

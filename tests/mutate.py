@@ -1,0 +1,213 @@
+"""Breaks the code of loss and layout on purpose, one way at a time, and fails if the comparison of layouts lets it pass.
+
+python -m pytest tests/mutate.py        # also part of the whole suite
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+SOURCE = Path(__file__).parents[1] / "src"
+SIZE = 2
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One line made wrong."""
+
+    what: str
+    file: str
+    right: str
+    wrong: str
+
+
+MUTATIONS = [
+    Mutation(
+        "forgets the other processes' tokens",
+        "engine/engine.py",
+        "self.world.sum_over_readers(own).float()",
+        "own.float()",
+    ),
+    Mutation(
+        "counts the tokens of a shared row twice",
+        "engine/engine.py",
+        "self.world.sum_over_readers(own).float()",
+        "self.world.sum(own).float()",
+    ),
+    Mutation("averages gradients", "distributed/sharding.py", "divide_factor(1.0)", "divide_factor(float(world.size))"),
+    Mutation("divides by the micro-batch's own tokens", "losses/sft.py", "/ total_weight", "/ weights_T.sum()"),
+    Mutation(
+        "shifts labels after the cut",
+        "distributed/sequence.py",
+        "labels_T=part(whole.labels_T, IGNORED_LABEL)",
+        "labels_T=np.append(part(whole.ids_T, 0)[1:], 0)",
+    ),
+    Mutation(
+        "restarts positions in each part",
+        "distributed/sequence.py",
+        "positions_T=positions_T,",
+        "positions_T=np.arange(length),",
+    ),
+    Mutation(
+        "forgets one process's rows",
+        "data/batches.py",
+        "ranks[rank].append(sorted(documents))",
+        "ranks[rank].append(sorted(documents) if rank == 0 else [])",
+    ),
+    Mutation(
+        "mixes tokens with heads",
+        "distributed/sequence.py",
+        "received.transpose(0, 1).reshape(1, heads // self.size",
+        "received.reshape(1, heads // self.size",
+    ),
+    Mutation(
+        "attends across documents",
+        "engine/engine.py",
+        "Documents.of(part.lengths_N, device",
+        "Documents.of((sum(part.lengths_N),), device",
+    ),
+    Mutation(
+        "gives every process the gradient of all parts",
+        "distributed/sequence.py",
+        "return gradient_T.chunk(ctx.sequence.size)[ctx.sequence.rank], None",
+        "return gradient_T.chunk(ctx.sequence.size)[ctx.sequence.rank] * ctx.sequence.size, None",
+    ),
+    Mutation(
+        "takes the first part's weights",
+        "distributed/sequence.py",
+        ".chunk(self.size)[self.rank]",
+        ".chunk(self.size)[0]",
+    ),
+    Mutation(
+        "counts copies of the gradient in its norm",
+        "engine/optimizer.py",
+        "self.world.sum_over_shards(squares)",
+        "self.world.sum(squares)",
+    ),
+    Mutation(
+        "looks at the wrong key heads",
+        "models/attention.py",
+        "x.repeat_interleave(times, dim=1)",
+        "x.repeat(1, times, 1, 1)",
+    ),
+    Mutation(
+        "keeps the gradient of the step before",
+        "engine/optimizer.py",
+        "parameter.grad = None",
+        "pass",
+    ),
+]
+
+
+def mutate(folder: Path, mutation: Mutation) -> Path:
+    """A copy of the source with one line made wrong."""
+    copy = folder / mutation.what.replace(" ", "-").replace("'", "")
+    shutil.copytree(SOURCE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    file = copy / "posttrain" / mutation.file
+    text = file.read_text()
+    assert mutation.right in text, f"{mutation.file} no longer says {mutation.right!r}: change the mutation with it"
+    file.write_text(text.replace(mutation.right, mutation.wrong))
+    return copy
+
+
+def quick_layouts() -> list:
+    """Few of the matrix, such that each mutation shows in one of them."""
+    from test_layouts import Layout
+
+    return [Layout(1, 1), Layout(None, 2), Layout(None, 2, family="three-key-heads")]
+
+
+def quick_work(layout, world, models: Path) -> dict:
+    from test_layouts import UNKNOWN_SLOPE, build, one_step, rows
+
+    engine = build(layout, world, models)
+    found = {
+        "known slope": one_step(engine, rows(6), {"max_rows": 2}),
+        "unknown slope": one_step(engine, rows(7), {"max_rows": 2}, UNKNOWN_SLOPE),
+    }
+    losses, norms = [], []
+    for count in (5, 3, 4):
+        report, update = step(engine, rows(count), world)
+        losses.append(float(report.loss))
+        norms.append(float(update.grad_norm))
+    return {**found, "losses": losses, "norms": norms}
+
+
+def step(engine, samples, world):
+    from posttrain.losses.sft import sft_loss
+    from tiny import packed
+
+    return engine.forward_backward(packed(samples, world, max_tokens=60), sft_loss), engine.optim_step()
+
+
+def differences(found: dict, expected: dict) -> list[str]:
+    from test_layouts import GRADIENT_GAP, LOSS_GAP
+    from tiny import worst_gap
+
+    said = []
+    for name in ("known slope", "unknown slope"):
+        if abs(found[name]["loss"] / expected[name]["loss"] - 1) > LOSS_GAP:
+            said.append(f"loss, {name}")
+        if worst_gap(found[name]["gradients"], expected[name]["gradients"]) > GRADIENT_GAP:
+            said.append(f"gradients, {name}")
+    for name, tolerance in (("losses", 1e-4), ("norms", 1e-3)):
+        pairs = zip(found[name], expected[name], strict=True)
+        if any(abs(ours / theirs - 1) > tolerance for ours, theirs in pairs):
+            said.append(f"{name} of steps")
+    return said
+
+
+def worker(rank: int, copies: list[Path], first_port: int, models: Path, results: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(SIZE), "MASTER_ADDR": "localhost"}
+    path = list(sys.path)
+    for number, copy in enumerate(copies):
+        for name in [name for name in sys.modules if name.split(".")[0] in ("posttrain", "tiny", "test_layouts")]:
+            del sys.modules[name]
+        sys.path[:] = [str(copy), *path]
+        os.environ["MASTER_PORT"] = str(first_port + number)
+        said = run_mutant(models, results)
+        if rank == 0:
+            torch.save(said, results / f"{number}.said.pt")
+
+
+def run_mutant(models: Path, results: Path) -> list[str]:
+    """What differs from the code that is right; an error that it ran into counts as well."""
+    from posttrain.distributed.device import choose_device
+    from posttrain.distributed.world import join_world
+
+    said = []
+    for number, layout in enumerate(quick_layouts()):
+        expected = torch.load(results / f"expected-{number}.pt", weights_only=False)
+        try:
+            with join_world(choose_device("cpu"), torch.float32, layout.options(models)[1]) as world:
+                said += [f"{what} ({layout})" for what in differences(quick_work(layout, world, models), expected)]
+        except Exception as error:
+            said.append(f"{type(error).__name__}: {str(error).splitlines()[0]}")
+        os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 20)
+    return said
+
+
+@pytest.mark.slow
+def test_the_comparison_of_layouts_lets_no_mutation_live(models, tmp_path):
+    from test_layouts import free_ports, plain
+    from tiny import alone
+
+    torch.set_num_threads(1)
+    for number, layout in enumerate(quick_layouts()):
+        torch.save(quick_work(plain(layout), alone(), models), tmp_path / f"expected-{number}.pt")
+    copies = [SOURCE, *(mutate(tmp_path, mutation) for mutation in MUTATIONS)]
+    ports = free_ports(20 * (len(quick_layouts()) + 1))
+    mp.spawn(worker, (copies, ports, models, tmp_path), nprocs=SIZE)
+    untouched, *mutants = (torch.load(tmp_path / f"{number}.said.pt") for number in range(len(copies)))
+    assert untouched == [], f"the code as it stands differs: {untouched}"
+    alive = [mutation.what for mutation, said in zip(MUTATIONS, mutants, strict=True) if not said]
+    assert not alive, f"nothing noticed code that {', that '.join(alive)}"

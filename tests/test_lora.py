@@ -1,0 +1,145 @@
+"""Adapters: peft's own format in and out, merged exactly, nothing else moves."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from posttrain.config.schema import EngineOptions, ModelOptions, OptimOptions
+from posttrain.engine.build import build_engine
+from posttrain.engine.check import check_export, probe
+from posttrain.engine.export import export
+from posttrain.errors import InputError, RunError
+from posttrain.losses.sft import sft_loss
+from tiny import VOCABULARY, alone, packed, random_samples, tiny_lm
+
+
+def engine_of(models, seed=0, dtype=torch.float32, **options):
+    model = ModelOptions(path=str(models / "qwen2"), **options)
+    return build_engine(model, EngineOptions(), OptimOptions(lr=1e-2), 10, alone(), dtype, packing=True, seed=seed)
+
+
+class NoTokenizer:
+    pad_token_id = 0
+
+    def save_pretrained(self, folder):
+        pass
+
+
+def train(engine, steps=3):
+    for seed in range(steps):
+        engine.forward_backward(packed(random_samples(5, seed=seed)), sft_loss)
+        engine.optim_step()
+
+
+def logprobs(model) -> torch.Tensor:
+    row = probe(VOCABULARY)
+    ids = torch.from_numpy(row.ids_T)
+    with torch.no_grad():
+        return torch.cat([model(input_ids=part[None]).logits[0] for part in ids.split(row.lengths_N)]).log_softmax(-1)
+
+
+def test_a_trained_adapter_and_the_merged_model_are_what_peft_and_transformers_load(models, tmp_path):
+    engine = engine_of(models, lora_rank=4, lora_alpha=8, target_modules=["q_proj", "down_proj"])
+    train(engine)
+    export(engine, NoTokenizer(), tmp_path / "out", torch.float32, [1])
+    check_export(engine, tmp_path / "out", exact=True)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    base = AutoModelForCausalLM.from_pretrained(models / "qwen2")
+    started = logprobs(base)
+    by_peft = PeftModel.from_pretrained(base, tmp_path / "out" / "adapter")
+    assert torch.allclose(logprobs(by_peft), logprobs(merged), atol=1e-4)
+    assert (logprobs(merged) - started).abs().max() > 0.05
+    said = json.loads((tmp_path / "out" / "adapter" / "base.json").read_text())
+    assert said["model"] == str(models / "qwen2") and len(said["fingerprint"]) == 16
+
+
+def test_only_adapters_learn_and_only_they_are_saved(models):
+    engine = engine_of(models, lora_rank=4)
+    before = {name: p.clone() for name, p in engine.policy.lm.named_parameters()}
+    train(engine, 2)
+    for name, parameter in engine.policy.lm.named_parameters():
+        assert torch.equal(parameter, before[name]) == ("lora_" not in name), name
+    assert all(".lora_" in name for part in engine.state().values() for name in part)
+
+
+def test_a_new_adapter_changes_nothing_yet_and_depends_on_the_seed_alone(models):
+    one, same, other = (engine_of(models, seed=seed, lora_rank=4) for seed in (3, 3, 4))
+    plain = AutoModelForCausalLM.from_pretrained(models / "qwen2").state_dict()
+    for name, weight in one.named_weights():
+        assert torch.equal(weight, plain[name]), name
+    first, again, third = (dict(engine.named_adapter()) for engine in (one, same, other))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], third[name]) for name in first)
+
+
+def test_an_adapter_goes_on_as_peft_saved_it(models):
+    engine = engine_of(models, lora_adapter_path=str(models / "adapter"))
+    base = AutoModelForCausalLM.from_pretrained(models / "qwen2")
+    expected = PeftModel.from_pretrained(base, models / "adapter").merge_and_unload().state_dict()
+    for name, weight in engine.named_weights():
+        assert torch.allclose(weight, expected[name], atol=1e-6), name
+
+
+def test_dropout_of_adapters_acts_in_training_alone(models):
+    engine = engine_of(models, lora_adapter_path=None, lora_rank=4, lora_dropout=0.5)
+    train(engine, 1)
+    batch = packed(random_samples(4))
+    losses = []
+    for step in (5, 5, 6):
+        engine.step = step
+        losses.append(float(engine.forward_backward(batch, sft_loss).loss))
+    assert losses[0] == losses[1] != losses[2]
+    (first,), (second,) = engine.forward(batch), engine.forward(batch)
+    assert (first == second).all()
+
+
+def test_the_base_is_known_by_its_weights(models, tmp_path):
+    one = engine_of(models, lora_rank=4).adapters
+    copy = tiny_lm()
+    copy.save_pretrained(tmp_path / "copy")
+    with torch.no_grad():
+        copy.model.layers[0].mlp.up_proj.weight[0, 0] += 0.5
+    copy.save_pretrained(tmp_path / "other")
+    fingerprints = []
+    for name in ("copy", "other"):
+        model = ModelOptions(path=str(tmp_path / name), lora_rank=4)
+        engine = build_engine(model, EngineOptions(), OptimOptions(), 1, alone(), torch.float32, packing=True, seed=0)
+        fingerprints.append(engine.adapters.base_fingerprint)
+    assert one.base_fingerprint == fingerprints[0] != fingerprints[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"lora_rank": 4, "target_modules": ["lm_head"]}, "lm_head cannot have an adapter"),
+        ({"lora_rank": 4, "target_modules": ["embed_tokens"]}, "embed_tokens cannot have an adapter"),
+        ({"lora_rank": 4, "target_modules": ["no_such_layer"]}, "no_such_layer"),
+        ({"lora_adapter_path": "/nowhere"}, "no adapter of peft"),
+    ],
+    ids=str,
+)
+def test_layers_that_cannot_have_an_adapter_are_refused(models, options, said):
+    with pytest.raises(InputError, match=said):
+        engine_of(models, **options)
+
+
+def test_an_adapter_of_another_kind_or_for_another_model_is_refused(models, tmp_path):
+    get_peft_model(tiny_lm(), LoraConfig(r=2, use_dora=True, target_modules=["q_proj"])).save_pretrained(
+        tmp_path / "dora"
+    )
+    with pytest.raises(InputError, match="use_dora"):
+        engine_of(models, lora_adapter_path=str(tmp_path / "dora"))
+    model = ModelOptions(path=str(models / "three-key-heads"), lora_adapter_path=str(models / "adapter"))
+    with pytest.raises(InputError, match="was it made for this model"):
+        build_engine(model, EngineOptions(), OptimOptions(), 1, alone(), torch.float32, packing=True, seed=0)
+
+
+def test_an_export_that_is_not_what_was_trained_is_noticed(models, tmp_path):
+    engine = engine_of(models, lora_rank=4)
+    train(engine)
+    AutoModelForCausalLM.from_pretrained(models / "qwen2").save_pretrained(tmp_path / "base given back")
+    with pytest.raises(RunError, match="not what was trained"):
+        check_export(engine, tmp_path / "base given back", exact=True)
