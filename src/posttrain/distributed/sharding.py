@@ -20,7 +20,9 @@ def prepare(policy: Policy, world: World, dtype: torch.dtype, gradient_checkpoin
         enable = getattr(lm, "activation_checkpointing_enable", lm.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
     if world.mesh is None:
-        return policy.to(world.device.torch_device)
+        policy.to(world.device.torch_device)
+        policy.lm.tie_weights()  # where a device's tensors cannot take the place of the CPU's, `to` makes one of each name
+        return policy
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in policy.blocks:
         fully_shard(block, mesh=world.mesh, mp_policy=precision)

@@ -41,6 +41,11 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def total(self, numbers: float | list[float]) -> Tensor:
+        """The sum of plain numbers over all processes, on the device. Every process must call this."""
+        device = self.device
+        return self.sum(torch.tensor(numbers, dtype=device.sum_dtype, device=device.torch_device))
+
     def on_main(self, action: Callable[[], T]) -> T:
         """What `action` returns on the main process, everywhere; its InputError or RunError too. All must call this."""
         outcome: list[Any] = [None]
@@ -92,8 +97,7 @@ def join_world(device: Device, dtype: torch.dtype = torch.float32) -> Iterator[W
         yield World(device)
         return
     alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
-    bound = None if device.type == "cpu" else device.torch_device
-    dist.init_process_group(device.backend, timeout=COLLECTIVE_TIMEOUT, device_id=bound, **alone)
+    dist.init_process_group(device.backend, timeout=COLLECTIVE_TIMEOUT, device_id=device.group_device, **alone)
     try:
         mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
         yield World(device, dist.get_rank(), size, mesh)

@@ -33,7 +33,7 @@ def export(engine: Engine, tokenizer: Any, folder: Path, dtype: torch.dtype, end
     weights = {}
     for name, weight in engine.named_weights():
         if world.is_main:  # the others take part in gathering, and keep nothing
-            weights[name] = weight.to("cpu", dtype)
+            weights[name] = weight.to(dtype).cpu()
     world.on_main(lambda: _write(_assemble(engine, weights.items()), tokenizer, folder, set(end_ids)))
 
 

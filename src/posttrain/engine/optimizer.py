@@ -25,8 +25,8 @@ class StepReport:
 class AdamW:
     """torch's fused AdamW on this process's shards. Matrices decay, vectors (biases, norms) do not.
 
-    Clipping and skipping happen inside the fused kernel, so that nothing waits for the norm: a step whose gradient is
-    not finite changes neither weights nor moments.
+    Clipping and skipping happen inside the fused kernel where the device's has them, so that nothing waits for the norm:
+    a step whose gradient is not finite changes neither weights nor moments.
     """
 
     def __init__(
@@ -55,14 +55,18 @@ class AdamW:
         for name, gradient in gradients.items():
             self.shards[name].grad = gradient
         skipped = (~torch.isfinite(norm)).float()
-        # the kernel divides gradients by grad_scale, which is how they are clipped
         over = norm / self.clip_grad if self.clip_grad else torch.ones_like(norm)
-        self.torch.grad_scale = torch.where(over > 1, over, 1.0)  # type: ignore[attr-defined]
-        self.torch.found_inf = skipped  # type: ignore[attr-defined]
+        scale = torch.where(over > 1, over, 1.0)
         lr = self.rate(step)
         for group in self.torch.param_groups:
             group["lr"] = lr
-        self.torch.step()
+        if self.world.device.fused_adamw_clips:
+            self.torch.grad_scale = scale  # type: ignore[attr-defined]  # the kernel divides gradients by it
+            self.torch.found_inf = skipped  # type: ignore[attr-defined]
+            self.torch.step()
+        elif gradients and not skipped:  # this waits for the norm
+            torch._foreach_div_(list(gradients.values()), scale)
+            self.torch.step()
         self.torch.zero_grad(set_to_none=True)
         for parameter in self.parameters.values():
             parameter.grad = None
