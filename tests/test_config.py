@@ -393,7 +393,6 @@ def test_all_problems_are_told_at_once():
         (["model.lora_adapter_path=.", "model.lora_rank=8"], "model.lora_rank"),
         (["engine.fsdp_size=1"], "engine.fsdp_size"),
         (["engine.reshard_after_forward=false", "trainer.n_gpus_per_node=1"], "engine.reshard_after_forward"),
-        (["trainer.device=cpu", "engine.param_offload=true"], "engine.param_offload"),
     ],
 )
 def test_chosen_option_without_effect_is_told(arguments: list[str], key: str):

@@ -216,12 +216,12 @@ def data_batches(
         first, last = (int(part) for part in steps.split(":"))
     except ValueError:
         raise InputError(f"--steps {steps}: expected two numbers such as 0:5.") from None
-    from posttrain.distributed.device import choose_device
+    from posttrain.distributed.device import HOST, choose_device
     from posttrain.distributed.world import World
     from posttrain.loops.training_data import open_training_data
     from posttrain.run.progress import Display
 
-    data = open_training_data(config, World(choose_device("cpu")), Display(shown=not as_json))
+    data = open_training_data(config, World(choose_device(HOST)), Display(shown=not as_json))
     for step in range(first, min(last, data.schedule.num_steps)):
         rows = data.train.rows_N[data.schedule.rows(step)].tolist()
         _print_json({"step": step, "rows": rows}, indent=None) if as_json else print(f"step {step}: {rows}")

@@ -35,9 +35,6 @@ def _of_layout(config: Config) -> Iterator[tuple[str, str]]:
     if _processes(config) == 1:
         yield "engine.fsdp_size", "there is one process"
         yield "engine.reshard_after_forward", "there is one process, which holds all weights anyway"
-    if config.trainer.device == "cpu":
-        for option in ("param_offload", "optimizer_offload"):
-            yield f"engine.{option}", "trainer.device=cpu computes in the memory that it would free"
 
 
 def _of_adapters(config: Config) -> Iterator[tuple[str, str]]:

@@ -272,8 +272,9 @@ class TrainerOptions(Section):
     n_gpus_per_node: PositiveInt | None = None
     """Processes to start on this machine, one per device; on CPU they talk by gloo. Not given: one. Under torchrun, its
     world is used, over as many machines as it spans."""
-    device: Literal["auto", "cpu", "cuda", "npu"] = "auto"
-    """What to compute on; auto takes the accelerator that torch finds, else the CPU."""
+    device: str = "auto"
+    """What to compute on, by torch's name for it: cpu, cuda, npu, xpu, ...; auto takes the accelerator that torch finds, else
+    the CPU."""
 
     @model_validator(mode="after")
     def _accuracy_needs_answers(self) -> TrainerOptions:

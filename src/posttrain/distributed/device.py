@@ -1,4 +1,8 @@
-"""What differs between CPU, CUDA and other accelerators: the only file that knows."""
+"""What differs between CPU, CUDA and other accelerators: the only file that knows.
+
+An accelerator is used through torch.accelerator, its own module (torch.get_device_module) and the backend that
+torch.distributed holds for its type. What stands here by name is what these cannot say. docs/accelerators.md tells more.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +10,30 @@ import os
 import resource
 import time
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from posttrain.errors import InputError
 
+HOST = "cpu"
+# packages that bring a device to torch, which loads them itself unless TORCH_DEVICE_BACKEND_AUTOLOAD=0
+PLUGINS = {"npu": "torch_npu"}
+
 # dense bfloat16 peak in FLOP/s, from the makers' data sheets, by a part of the device's name
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12,
-              "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "V100": 125e12, "T4": 65e12}  # fmt: skip
-TOKENS_A_MICRO_BATCH = {"cpu": 4096}
+              "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}  # fmt: skip
+TOKENS_A_MICRO_BATCH = {HOST: 4096}
 TOKENS_A_MICRO_BATCH_ELSEWHERE = 16384
+
+# HCCL sums no float64 before Ascend 950 (HcclAllReduce in CANN's API reference); Metal has no float64
+SUMMED_IN_FLOAT32 = ("npu", "mps")
+# torch_npu's kernel takes `grad_scale` and `found_inf` and reads neither (FusedAdamWKernelNpuOpApi.cpp of op-plugin)
+FUSED_ADAMW_CLIPS = ("cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -30,19 +47,46 @@ class Device:
         return self.torch_device.type
 
     @property
+    def name(self) -> str:
+        """As its maker calls it; its type where torch does not say."""
+        named = getattr(self._module, "get_device_name", None)
+        return named(self.torch_device) if named else self.type
+
+    @property
     def backend(self) -> str:
         """Of torch.distributed: gloo, nccl, hccl, ..."""
-        return dist.get_default_backend_for_device(self.torch_device)
+        try:
+            return dist.get_default_backend_for_device(self.torch_device)
+        except ValueError:
+            raise InputError(
+                f"torch.distributed has no backend for {self.type} devices, so that they cannot work together, nor keep "
+                "float32 weights beside bfloat16 ones. Start one process with model.dtype=float32."
+            ) from None
+
+    @property
+    def group_device(self) -> torch.device | None:
+        """What a process group is bound to, so that it need not guess the device of this process."""
+        return None if self.type == HOST else self.torch_device
+
+    @property
+    def sum_dtype(self) -> torch.dtype:
+        """The widest number format in which this device's processes can sum."""
+        return torch.float32 if self.type in SUMMED_IN_FLOAT32 else torch.float64
+
+    @property
+    def fused_adamw_clips(self) -> bool:
+        """Whether torch's fused AdamW is known to obey `grad_scale` and `found_inf` here."""
+        return self.type in FUSED_ADAMW_CLIPS
 
     @property
     def host(self) -> torch.device:
         """Where what is offloaded lives."""
-        return torch.device("cpu")
+        return torch.device(HOST)
 
     @property
     def has_own_memory(self) -> bool:
         """False where the device computes in the host's memory."""
-        return self.type != "cpu"
+        return self.type != HOST
 
     def zeros_like(self, tensor: torch.Tensor, home: torch.device) -> torch.Tensor:
         """Zeros on `home`; in the host's memory pinned, so that the device copies without waiting."""
@@ -55,56 +99,117 @@ class Device:
         return TOKENS_A_MICRO_BATCH.get(self.type, TOKENS_A_MICRO_BATCH_ELSEWHERE)
 
     def compute_dtype(self, wanted: str) -> torch.dtype:
-        """Of forward and backward. CPUs without bfloat16 units multiply it hundreds of times slower than float32."""
+        """Of forward and backward; auto is bfloat16 on accelerators that have units for it.
+
+        CPUs without them multiply it hundreds of times slower than float32; CUDA devices before A100 emulate it.
+        """
         if wanted != "auto":
             return getattr(torch, wanted)
-        return torch.float32 if self.type == "cpu" else torch.bfloat16
+        return torch.bfloat16 if self._multiplies_bfloat16() else torch.float32
 
     def peak_flops(self, dtype: torch.dtype) -> float:
         """FLOP/s that MFU is a share of: the data sheet's bfloat16 rate, or a matrix product measured now."""
-        if self.type != "cpu" and dtype == torch.bfloat16:
-            name = torch.get_device_module(self.torch_device).get_device_name(self.torch_device)
+        if dtype == torch.bfloat16:
+            name = self.name
             for part, peak in PEAK_FLOPS.items():
                 if part in name:
                     return peak
         return measured_matmul_flops(self.torch_device, dtype)
 
-    def peak_memory_gib(self) -> float:
-        """Most memory that was in use: allocated on an accelerator, resident in the process on CPU."""
-        if self.type == "cpu":
+    def peak_memory_gib(self) -> float | None:
+        """Most memory that was in use: allocated on an accelerator, resident in the process on CPU; None where unknown."""
+        if self.type == HOST:
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        return torch.accelerator.max_memory_allocated(self.torch_device) / 2**30
+        allocated = getattr(self._module, "max_memory_allocated", None)
+        return allocated(self.torch_device) / 2**30 if allocated else None
 
     def synchronize(self) -> None:
-        if self.type != "cpu":
+        """Wait for what was dispatched to this device."""
+        if self.type != HOST:
             torch.accelerator.synchronize(self.torch_device)
+
+    @property
+    def _module(self) -> Any:
+        return torch.get_device_module(self.torch_device)
+
+    def _multiplies_bfloat16(self) -> bool:
+        if self.type == HOST:
+            return False
+        if self.type == "cuda":
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+        supported = getattr(self._module, "is_bf16_supported", None)
+        return supported() if supported else True
 
 
 def choose_device(wanted: str = "auto") -> Device:
     """The device of this process: `wanted`, or the accelerator that torch finds, or the CPU; by LOCAL_RANK."""
+    _load_plugins(wanted)
     found = torch.accelerator.current_accelerator(check_available=True)
-    kind = (found.type if found else "cpu") if wanted == "auto" else wanted
-    if kind == "cpu":
-        return Device(torch.device("cpu"))
-    if found is None or found.type != kind:
+    accelerator = found.type if found else None
+    kind = (accelerator or HOST) if wanted == "auto" else wanted
+    if kind == HOST:
+        return Device(torch.device(HOST))
+    if kind != accelerator:
+        choices = ", ".join(filter(None, ("auto", HOST, accelerator)))
         raise InputError(
-            f"trainer.device={kind}: torch finds {found.type if found else 'no accelerator'} on this machine."
+            f"trainer.device={kind}: torch {torch.__version__} finds {accelerator or 'no accelerator'} on this machine. "
+            f"Expected one of {choices}."
         )
-    index, count = int(os.environ.get("LOCAL_RANK", 0)), torch.accelerator.device_count()
-    if index >= count:
-        raise InputError(
-            f"Process {index} has no {kind} device: this machine has {count}. Start at most {count} processes."
-        )
-    torch.accelerator.set_device_index(index)
-    return Device(torch.device(kind, index))
+    local_rank, count = int(os.environ.get("LOCAL_RANK", 0)), torch.accelerator.device_count()
+    started = max(local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if started > count:  # said by every process, since only the first one is heard
+        raise InputError(f"{started} processes need a {kind} device each, and torch finds {count} on this machine. "
+                         f"Set trainer.n_gpus_per_node={count}, or start so many.")  # fmt: skip
+    torch.accelerator.set_device_index(local_rank)
+    return Device(torch.device(kind, local_rank))
 
 
-def measured_matmul_flops(device: torch.device, dtype: torch.dtype, size: int = 1024, seconds: float = 0.2) -> float:
-    """The best rate of a square matrix product over about `seconds`."""
+@cache
+def has_varlen_attention(device: torch.device) -> bool:
+    """Whether torch.nn.attention.varlen, flash attention over packed rows, runs there: on CUDA from A100 on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def measured_matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
+    """The best rate of a square matrix product over about `seconds`, at a size that keeps the device busy."""
+    size = 1024
     a = torch.randn(size, size, device=device, dtype=dtype)
+    while size < 8192 and min(_seconds_of_product(a), _seconds_of_product(a)) < 0.002:
+        size *= 2
+        a = torch.randn(size, size, device=device, dtype=dtype)
+    _seconds_of_product(a)  # the first one of a size may load or compile its kernel
     best, stop = 0.0, time.perf_counter() + seconds
     while time.perf_counter() < stop:
-        start = time.perf_counter()
-        (a @ a)[0, 0].item()  # waits for the device
-        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+        best = max(best, 2 * size**3 / _seconds_of_product(a))
     return best
+
+
+def _seconds_of_product(a: torch.Tensor) -> float:
+    start = time.perf_counter()
+    (a @ a)[0, 0].item()  # waits for the device
+    return time.perf_counter() - start
+
+
+def _load_plugins(wanted: str) -> None:
+    """Import the package that brings `wanted` to torch; for auto, whichever is installed. Raises InputError."""
+    for kind, package in PLUGINS.items():
+        if wanted not in ("auto", kind):
+            continue
+        if find_spec(package):
+            _load_plugin(package, wanted)
+        elif wanted == kind:
+            raise InputError(
+                f"trainer.device={kind} needs the package {package} in the version of torch, {torch.__version__}; it is not "
+                "installed. docs/accelerators.md has the commands."
+            )
+
+
+def _load_plugin(package: str, wanted: str) -> None:
+    try:
+        import_module(package)
+    except (ImportError, OSError, RuntimeError) as error:  # a driver's library is missing, or of another version
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(
+            f"trainer.device={wanted}: {package} is installed and cannot be loaded: {reason}. Set up its driver and "
+            f"libraries in this shell, or choose trainer.device={HOST}."
+        ) from None

@@ -43,7 +43,9 @@ def prepare(
         for block in policy.blocks:
             block.compile(dynamic=True)
     if world.mesh is None:
-        return policy.to(world.device.torch_device)
+        policy.to(world.device.torch_device)
+        policy.lm.tie_weights()  # where a device's tensors cannot take the place of the CPU's, `to` makes one of each name
+        return policy
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     offload = CPUOffloadPolicy(pin_memory=world.device.has_own_memory) if layout.param_offload else OffloadPolicy()
     for block in policy.blocks:

@@ -71,6 +71,11 @@ class World:
             return tensor
         return self.sum(tensor)
 
+    def total(self, numbers: float | list[float]) -> Tensor:
+        """The sum of plain numbers over the readers, on the device. Every process must call this."""
+        device = self.device
+        return self.sum_over_readers(torch.tensor(numbers, dtype=device.sum_dtype, device=device.torch_device))
+
     def on_main(self, action: Callable[[], T]) -> T:
         """What `action` returns on the main process, everywhere; its InputError or RunError too. All must call this."""
         outcome: list[Any] = [None]
@@ -127,8 +132,7 @@ def join_world(
         yield World(device)
         return
     alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
-    bound = None if device.type == "cpu" else device.torch_device
-    dist.init_process_group(device.backend, timeout=COLLECTIVE_TIMEOUT, device_id=bound, **alone)
+    dist.init_process_group(device.backend, timeout=COLLECTIVE_TIMEOUT, device_id=device.group_device, **alone)
     try:
         if shard_size == size:
             mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))

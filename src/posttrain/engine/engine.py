@@ -60,8 +60,7 @@ class Engine:
         """Add the gradients of one step's loss, of which these micro-batches are this process's part."""
         device = self.world.device.torch_device
         local_weight = sum(float(m.weights_T.sum(dtype=np.float64)) for m in micro_batches)
-        own = torch.tensor(local_weight, dtype=torch.float64, device=device)
-        total_weight = self.world.sum_over_readers(own).float()
+        total_weight = self.world.total(local_weight).float()
         total = torch.zeros((), device=device)
         self.policy.train()
         for index, micro_batch in enumerate(micro_batches):

@@ -27,9 +27,9 @@ class StepReport:
 class AdamW:
     """torch's fused AdamW on this process's shards. Matrices decay, vectors (biases, norms) do not.
 
-    Clipping and skipping happen inside the fused kernel, so that nothing waits for the norm: a step whose gradient is
-    not finite changes neither weights nor moments. What lives in CPU memory (`offload`: the moments; weights, where FSDP2
-    keeps them there) comes to the device a tensor at a time.
+    Clipping and skipping happen inside the fused kernel where the device's has them, so that nothing waits for the norm:
+    a step whose gradient is not finite changes neither weights nor moments. What lives in the host's memory (`offload`: the
+    moments; weights, where FSDP2 keeps them there) comes to the device a tensor at a time.
     """
 
     def __init__(
@@ -65,15 +65,11 @@ class AdamW:
         gradients = {name: local(p.grad) for name, p in self.parameters.items() if p.grad is not None}
         norm = self._norm(list(gradients.values()))
         skipped = (~torch.isfinite(norm)).float()
-        # the kernel divides gradients by grad_scale, which is how they are clipped
         over = norm / self.clip_grad if self.clip_grad else torch.ones_like(norm)
         scale = torch.where(over > 1, over, 1.0)
         lr = self.rate(step)
-        move = self._move_streaming if self.streams else self._move
-        for decays in (True, False):
-            names = [name for name in gradients if (self.parameters[name].dim() >= 2) == decays]
-            if names:
-                move(names, gradients, scale, skipped, lr, self.weight_decay if decays else 0.0)
+        if self.world.device.fused_adamw_clips or not skipped:  # the second question waits for the norm
+            self._move_all(gradients, scale, skipped, lr)
         for parameter in self.parameters.values():
             parameter.grad = None
         return StepReport(norm, skipped, lr)
@@ -85,6 +81,13 @@ class AdamW:
             for name, moments in self.moments.items()
             for key, value in moments.items()
         }
+
+    def _move_all(self, gradients: dict[str, Tensor], scale: Tensor, skipped: Tensor, lr: float) -> None:
+        move = self._move_streaming if self.streams else self._move
+        for decays in (True, False):
+            names = [name for name in gradients if (self.parameters[name].dim() >= 2) == decays]
+            if names:
+                move(names, gradients, scale, skipped, lr, self.weight_decay if decays else 0.0)
 
     def _move_streaming(self, names: list[str], gradients: dict[str, Tensor], *how: Any) -> None:
         """The same tensor by tensor, each brought to the device and back where it lives elsewhere."""
@@ -114,8 +117,12 @@ class AdamW:
     def _adamw(
         self, shards, gradients, averages, squares, steps, scale: Tensor, skipped: Tensor, lr: float, decay: float
     ) -> None:
+        clips = self.world.device.fused_adamw_clips  # the kernel divides gradients by grad_scale
+        if not clips:
+            torch._foreach_div_(gradients, scale)
         adamw(
-            shards, gradients, averages, squares, [], steps, fused=True, grad_scale=scale, found_inf=skipped,
+            shards, gradients, averages, squares, [], steps, fused=True,
+            grad_scale=scale if clips else None, found_inf=skipped if clips else None,
             amsgrad=False, beta1=self.betas[0], beta2=self.betas[1], lr=lr, weight_decay=decay, eps=self.eps, maximize=False,
         )  # fmt: skip
 

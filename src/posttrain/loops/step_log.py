@@ -62,9 +62,7 @@ class StepLog:
     ) -> None:
         """Note a step that was just dispatched and write the one before it. Every process must call this."""
         done = [sum(m.num_tokens for m in micro_batches), sum(self.flops(m) for m in micro_batches if m.rows_N)]
-        work = self.world.sum_over_readers(
-            torch.tensor(done, dtype=torch.float64, device=self.world.device.torch_device)
-        )
+        work = self.world.total(done)
         self.settle()
         now = time.perf_counter()
         self._pending = Pending(step, loss, update, work, now - self._previous_end, wait_seconds)

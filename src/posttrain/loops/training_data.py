@@ -147,6 +147,9 @@ def describe(data: TrainingData, config: Config, world: World) -> list[str]:
         f"{schedule.num_epochs:.4g} epochs of {schedule.steps_per_epoch:,} steps, on {world.size} "
         f"{'process' if world.size == 1 else 'processes'} ({world.device.type}){_layout(world)}"
     )
+    for option in ("param_offload", "optimizer_offload"):
+        if getattr(config.engine, option) and not world.device.has_own_memory:
+            lines.append(f"no effect in this run: engine.{option}: this device computes in the host's memory anyway")
     return lines
 
 

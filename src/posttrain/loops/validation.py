@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 
 from posttrain.config.schema import Config
 from posttrain.data.formats import Columns, to_conversation
@@ -36,7 +35,7 @@ def _loss(engine: Engine, data: TrainingData) -> float:
         for micro_batch, logprobs_T in zip(micro_batches, engine.forward(micro_batches), strict=True):
             weights_T = micro_batch.weights_T.astype(np.float64)
             sums += [-(logprobs_T * weights_T).sum(), weights_T.sum()]
-    total = engine.world.sum_over_readers(torch.tensor(sums, device=engine.world.device.torch_device))
+    total = engine.world.total(sums.tolist())
     return float(total[0] / total[1])
 
 

@@ -1,7 +1,7 @@
 """Attention over packed rows, inside transformers' attention interface: no token ever sees another document.
 
-On CUDA torch's variable-length flash attention; elsewhere one scaled-dot-product call per document. Where processes share
-a row, each attends with a part of the heads over all of its tokens.
+Where torch has it for the device, variable-length flash attention; elsewhere one scaled-dot-product call per document.
+Where processes share a row, each attends with a part of the heads over all of its tokens.
 """
 
 # T tokens of the packed row, H query heads, K key/value heads, D head dim, L tokens of one document
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from posttrain.distributed.device import has_varlen_attention
 from posttrain.distributed.sequence import Sequence
 from posttrain.errors import InputError
 
@@ -62,8 +63,8 @@ def packed_attention(
     if documents is None or s_aux is not None or attention_mask is not None:
         cause = "uses attention sinks" if s_aux is not None else "brings masks of its own or hides where documents end"
         raise InputError(f"{type(module).__name__} cannot attend over packed rows: it {cause}. Set data.packing=false.")
-    flash = query_1HTD.is_cuda and not softcap and not dropout and query_1HTD.dtype != torch.float32
-    attend = _varlen if flash else _per_document
+    plain = not softcap and not dropout and query_1HTD.dtype != torch.float32
+    attend = _varlen if plain and has_varlen_attention(query_1HTD.device) else _per_document
     sequence = documents.sequence
     if sequence is not None:
         times = sequence.repeats(query_1HTD.shape[1], key_1KTD.shape[1])

@@ -125,7 +125,7 @@ def empty_model(
         if not all(module._buffers[key].is_floating_point() for key in keys):
             return model, False
         for key in keys:
-            module._buffers[key] = torch.full_like(module._buffers[key], torch.nan, device="cpu")
+            module._buffers[key] = torch.full(module._buffers[key].shape, torch.nan, dtype=module._buffers[key].dtype)
         for weight in module.parameters(recurse=False):
             weight._is_hf_initialized = True  # transformers then makes the tables only
         model._init_weights(module)

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from posttrain.config.compose import Resolved, compose
 from posttrain.data.prepare import prepare_gsm8k
+from posttrain.distributed.device import HOST
 from posttrain.errors import InputError
 from posttrain.loops.evaluate import evaluate
 from posttrain.loops.sft import sft
@@ -83,7 +84,7 @@ def sft_options(folder: Path, seed: int, *more: str) -> Resolved:
         f"data.cache_dir={folder / 'cache'}",
         f"trainer.default_local_dir={folder / 'sft'}",
         f"trainer.seed={seed}",
-        "trainer.device=cpu",
+        f"trainer.device={HOST}",
         *more,
     ])  # fmt: skip
 
@@ -112,7 +113,7 @@ def _write_model(folder: Path, seed: int) -> None:
 
 def _judged(name: str, model: Path, folder: Path, seconds: float) -> Stage:
     answers = folder / "answers" / f"{name.replace(' ', '-').lower()}.jsonl"
-    options = compose(["method=quickstart", f"model.path={model}", "trainer.device=cpu"])
+    options = compose(["method=quickstart", f"model.path={model}", f"trainer.device={HOST}"])
     accuracy = evaluate(options.config, [str(folder / "data" / "test.parquet")], answers)
     return Stage(name, model, answers, accuracy, seconds)
 
