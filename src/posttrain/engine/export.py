@@ -13,6 +13,7 @@ from torch import Tensor
 
 from posttrain.engine.engine import Engine
 from posttrain.errors import RunError
+from posttrain.run.folder import put_in_place
 
 
 def assemble(engine: Engine, dtype: torch.dtype, device: torch.device | None = None) -> Any:
@@ -64,16 +65,12 @@ def _write(model: Any, tokenizer: Any, folder: Path, end_ids: set[int]) -> None:
     model.generation_config.eos_token_id = ends[0] if len(ends) == 1 else ends
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
-    aside, before = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
+    aside = folder.with_name(f".{folder.name}.tmp")
     try:
         shutil.rmtree(aside, ignore_errors=True)
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
-        shutil.rmtree(before, ignore_errors=True)
-        if folder.exists():
-            folder.rename(before)
-        aside.rename(folder)
-        shutil.rmtree(before, ignore_errors=True)
+        put_in_place(aside, folder)
     except Exception as error:  # safetensors raises errors of its own for a full disk
         shutil.rmtree(aside, ignore_errors=True)
         raise RunError(f"Writing the model to {folder} failed: {error}. Checkpoints are untouched; free space and run the "

@@ -38,21 +38,22 @@ class Metrics:
             self._stream.close()
 
 
-def drop_after(path: Path, step: int) -> None:
-    """Remove the records of steps after `step`, which a resumed run will write again."""
+def drop_after(path: Path, step: int, judged: int) -> None:
+    """Remove what a run resumed at `step` will write again: later steps, and validations after step `judged`."""
     if not path.exists():
         return
-    lines = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+    lines = [line for line in path.read_text().splitlines() if _stays(line, step, judged)]
     aside = path.with_name(f".{path.name}.tmp")
     aside.write_text("".join(line + "\n" for line in lines))
     aside.replace(path)
 
 
-def _step_of(line: str) -> float:
+def _stays(line: str, step: int, judged: int) -> bool:
     try:
-        return json.loads(line)["step"]
+        record = json.loads(line)
+        return record["step"] <= (min(step, judged) if record["phase"] == "val" else step)
     except (ValueError, KeyError, TypeError):
-        return math.inf  # a line cut short by a kill
+        return False  # a line cut short by a kill
 
 
 def _json_number(value: Any) -> Any:
