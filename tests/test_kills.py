@@ -9,6 +9,7 @@ import shutil
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -18,7 +19,7 @@ from conftest import Command, records
 from forked import Group, Moment
 
 pytestmark = pytest.mark.slow
-STEPS = 16
+STEPS = 12
 RANDOM_MOMENTS = {1: 12, 2: 8}  # by number of processes
 NUMBERS = ("loss", "grad_norm", "lr", "num_tokens", "num_trained_tokens")
 
@@ -26,14 +27,18 @@ NUMBERS = ("loss", "grad_norm", "lr", "num_tokens", "num_trained_tokens")
 @pytest.fixture(scope="module")
 def place(tiny, tmp_path_factory) -> Path:
     forked.start_server()
-    return tmp_path_factory.mktemp("kills")
+    folder = tmp_path_factory.mktemp("kills")
+    pq.write_table(pq.read_table(tiny / "test.parquet").slice(0, 4), folder / "val.parquet")
+    return folder
 
 
 def options(tiny: Path, run: Path) -> list[str]:
-    """Sixteen steps, validated and saved every third, one checkpoint kept; most validations are the best so far."""
+    """Twelve steps, validated and saved every third, one checkpoint kept; most validations are the best so far."""
     return Command(tiny, run.parent).sft_options(
         str(run), trainer__total_training_steps=STEPS, trainer__save_freq=3, trainer__test_freq=3,
-        trainer__max_ckpt_to_keep=1, data__val_files=tiny / "test.parquet", data__train_batch_size=8,
+        trainer__max_ckpt_to_keep=1, data__val_files=run.parent / "val.parquet", data__train_batch_size=2,
+        model__random_weights="true",
+        model__override_config="{hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2}",
     )  # fmt: skip
 
 
