@@ -60,7 +60,7 @@ def turn(kind: str, engine: Engine, checkpoints: Checkpoints, sample: Sample, st
         engine.optim_step()
         if step == 0 and kind != "no saving":
             saving = time.perf_counter()
-            checkpoints.save(engine, Progress(engine.step, -1, None, None, 0, "", ""))
+            checkpoints.save(engine, Progress(engine.step, None, None, 0, "", ""))
             if kind == "saved and waited for":
                 checkpoints.wait()
             waited += time.perf_counter() - saving

@@ -41,7 +41,7 @@ def trained(world: World, seed: int = 0, steps: int = 2) -> Engine:
 
 
 def progress(step: int) -> Progress:
-    return Progress(step, judged=step, best=None, best_step=None, stale_validations=0, data="", model="")
+    return Progress(step, best=None, best_step=None, stale_validations=0, data="", model="")
 
 
 def whole(engine: Engine) -> dict[str, torch.Tensor]:
@@ -95,9 +95,10 @@ def what_is_written_is_the_state_of_the_call(checkpoints: Checkpoints, engine: E
 
 
 def a_save_waits_for_the_one_before(checkpoints: Checkpoints, engine: Engine) -> None:
-    threading.Timer(0.2, held(checkpoints).set).start()
+    gate = held(checkpoints)
     checkpoints.save(engine, progress(2))
     assert len(checkpoints.saved()) == 1
+    threading.Timer(0.2, gate.set).start()
     checkpoints.save(engine, progress(3))
     assert checkpoints.folder / "checkpoint-2" in checkpoints.saved()
     checkpoints.wait()
@@ -129,7 +130,8 @@ def a_failure_on_one_process_is_one_error_on_all(checkpoints: Checkpoints, engin
         checkpoints.wait()
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     world.everyone(lambda: None)
-    assert not list(checkpoints.folder.glob(".checkpoint-*"))
+    if world.is_main:
+        assert not list(checkpoints.folder.glob(".checkpoint-*"))
     checkpoints.save(engine, progress(5))
     checkpoints.wait()
     assert [path.name for path in checkpoints.saved()] == ["checkpoint-4", "checkpoint-5"]
@@ -228,6 +230,22 @@ def test_a_run_learns_within_a_few_steps_that_a_process_could_not_write(tiny, tm
     assert "Traceback" not in group.output() and not list(run.glob("*checkpoint-*"))
     assert json.loads((run / "run.json").read_text())["status"] == "failed"
     assert 20 <= records(run)[-1]["step"] < 40, "learnt only at the next save"
+
+
+def test_a_run_killed_after_it_stopped_early_does_not_train_on(tiny, tmp_path):
+    arguments = options(
+        tiny, tmp_path / "run", data__val_files=tiny / "test.parquet", optim__lr=0.3, optim__lr_scheduler_type="constant",
+        optim__lr_warmup_steps=0, trainer__total_training_steps=40, trainer__test_freq=1,
+        trainer__early_stopping_patience=1,
+    )  # fmt: skip
+    die = forked.Moment("os.rename", r"\.checkpoint-final\.tmp")
+    group = forked.start(forked.sft, 1, arguments, die, said=tmp_path / "said")
+    assert group.wait() == [-9], group.output()
+    before = records(tmp_path / "run")
+    run(forked.sft, 1, arguments, said=tmp_path / "said")
+    state = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (state["status"], state["step"]) == ("finished", before[-1]["step"]) and state["step"] < 40
+    assert records(tmp_path / "run") == before
 
 
 def test_what_saving_costs_is_written(tiny, tmp_path):

@@ -35,7 +35,6 @@ class Progress:
     """Where a run stands, and what it must go on with: other data or another model would be another run."""
 
     step: int
-    judged: int  # step of the newest validation; -1 before the first
     best: float | None
     best_step: int | None
     stale_validations: int  # since the best one, for early stopping

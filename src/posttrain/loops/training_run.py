@@ -38,8 +38,8 @@ class TrainingRun:
         self.checkpoints = Checkpoints(self.folder.path, config.trainer.max_ckpt_to_keep, world)
         self.metrics = Metrics(None)
         self.state = RunState(world_size=world.size, versions=library_versions())
-        self.progress = Progress(step=0, judged=-1, best=None, best_step=None, stale_validations=0, data="", model="")
-        self._saved: Progress | None = None  # what the newest checkpoint says
+        self.progress = Progress(step=0, best=None, best_step=None, stale_validations=0, data="", model="")
+        self.last_judged = self.last_saved = -1
         self._stopped_early = False
         self._stop_signal = 0  # that all processes have agreed on
         self._flags = torch.zeros(2, device=world.device.torch_device)
@@ -81,12 +81,13 @@ class TrainingRun:
     def resume(self, engine: Engine) -> None:
         """Go on from the newest checkpoint, if there is one, and begin to write metrics."""
         if self._found is not None:
-            self.progress = self._saved = self.checkpoints.restore(engine, self._found)
+            self.progress = self.checkpoints.restore(engine, self._found)
+            self.last_judged = self.last_saved = engine.step
             self._stopped_early = self._stale()
             self.display.say(f"resumed from {self._found}: step {engine.step} of {self.state.total_steps}")
         self.state.step, self.state.best_step = engine.step, self.progress.best_step
         if self.world.is_main:
-            drop_after(self.folder.metrics, engine.step if self._found else -1, self.last_judged)
+            drop_after(self.folder.metrics, engine.step if self._found else -1)
             self.metrics = Metrics(self.folder.metrics, self._trackers())
         trainer, device = self.config.trainer, self.world.device
         self.log = StepLog(
@@ -104,11 +105,6 @@ class TrainingRun:
         """Start the live line."""
         self.display.begin_work("training", self.state.total_steps, self.state.step)
         self.log.restart_clock()
-
-    @property
-    def last_judged(self) -> int:
-        """Step of the newest validation; -1 before the first."""
-        return self.progress.judged
 
     @property
     def stopping(self) -> bool:
@@ -141,7 +137,7 @@ class TrainingRun:
 
     def judge(self, engine: Engine, found: dict[str, float]) -> None:
         """Write a validation; keep the model if it is the best so far, and stop if there was none for long."""
-        self.progress = replace(self.progress, judged=engine.step)
+        self.last_judged = engine.step
         if found:
             self.metrics.write(engine.step, "val", found)
             better = self._compare(found[self.config.trainer.best_metric], engine.step)
@@ -154,15 +150,16 @@ class TrainingRun:
     def save(self, engine: Engine) -> None:
         """Begin to write a checkpoint to resume from; training goes on meanwhile."""
         self.log.settle()  # resuming from it, no step before it is written again
-        self.progress = self._saved = replace(self.progress, step=engine.step)
+        self.progress = replace(self.progress, step=engine.step)
         with self.log.waiting_for_save():
             self.checkpoints.save(engine, self.progress)
+        self.last_saved = engine.step
         self._write_state("running")
 
     def finish(self, engine: Engine) -> None:
         """End the run: finished, with a model to use, or stopped, with a checkpoint to go on from (RunStopped)."""
         self.log.settle()
-        if self._saved != replace(self.progress, step=engine.step):
+        if self.last_saved != engine.step:
             self.save(engine)
         self.checkpoints.wait()
         self.display.end_work()

@@ -38,22 +38,21 @@ class Metrics:
             self._stream.close()
 
 
-def drop_after(path: Path, step: int, judged: int) -> None:
-    """Remove what a run resumed at `step` will write again: later steps, and validations after step `judged`."""
+def drop_after(path: Path, step: int) -> None:
+    """Remove the records of steps after `step`, which a resumed run will write again."""
     if not path.exists():
         return
-    lines = [line for line in path.read_text().splitlines() if _stays(line, step, judged)]
+    lines = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
     aside = path.with_name(f".{path.name}.tmp")
     aside.write_text("".join(line + "\n" for line in lines))
     aside.replace(path)
 
 
-def _stays(line: str, step: int, judged: int) -> bool:
+def _step_of(line: str) -> float:
     try:
-        record = json.loads(line)
-        return record["step"] <= (min(step, judged) if record["phase"] == "val" else step)
+        return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
-        return False  # a line cut short by a kill
+        return math.inf  # a line cut short by a kill
 
 
 def _json_number(value: Any) -> Any:
