@@ -64,6 +64,11 @@ class Device:
             ) from None
 
     @property
+    def host_backend(self) -> str:
+        """Of torch.distributed, for what is in the host's memory."""
+        return dist.get_default_backend_for_device(HOST)
+
+    @property
     def group_device(self) -> torch.device | None:
         """What a process group is bound to, so that it need not guess the device of this process."""
         return None if self.type == HOST else self.torch_device

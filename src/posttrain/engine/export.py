@@ -13,7 +13,8 @@ from torch import Tensor
 
 from posttrain.engine.engine import Engine
 from posttrain.errors import RunError
-from posttrain.models.lora import save_adapter
+from posttrain.models.lora import ADAPTER_FOLDER, save_adapter
+from posttrain.run.folder import put_in_place
 
 
 def assemble(engine: Engine, dtype: torch.dtype, device: torch.device | None = None) -> Any:
@@ -36,9 +37,16 @@ def export(engine: Engine, tokenizer: Any, folder: Path, dtype: torch.dtype, end
     def write(aside: Path) -> None:
         _write(_assemble(engine, weights.items()), tokenizer, aside, set(end_ids))
         if engine.adapters:
-            save_adapter(aside / "adapter", engine.adapters, adapter)
+            save_adapter(aside / ADAPTER_FOLDER, engine.adapters, adapter)
 
     engine.world.on_main(lambda: _replace(folder, write))
+
+
+def export_adapter(engine: Engine, folder: Path) -> None:
+    """Write the adapter alone, in peft's format, to `folder/adapter`. Every process must call this. Raises RunError."""
+    weights = _on_main(engine, engine.named_adapter(), torch.float32)
+    if engine.adapters and engine.world.is_main:
+        save_adapter(folder / ADAPTER_FOLDER, engine.adapters, weights)
 
 
 def _on_main(engine: Engine, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -80,15 +88,11 @@ def _write(model: Any, tokenizer: Any, folder: Path, end_ids: set[int]) -> None:
 
 def _replace(folder: Path, write: Callable[[Path], None]) -> None:
     """Put what `write` makes in the folder's place, which keeps what it had until the new is complete."""
-    aside, before = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
+    aside = folder.with_name(f".{folder.name}.tmp")
     try:
         shutil.rmtree(aside, ignore_errors=True)
         write(aside)
-        shutil.rmtree(before, ignore_errors=True)
-        if folder.exists():
-            folder.rename(before)
-        aside.rename(folder)
-        shutil.rmtree(before, ignore_errors=True)
+        put_in_place(aside, folder)
     except Exception as error:  # safetensors raises errors of its own for a full disk
         shutil.rmtree(aside, ignore_errors=True)
         raise RunError(f"Writing the model to {folder} failed: {error}. Checkpoints are untouched; free space and run the "

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -51,11 +52,20 @@ class StepLog:
         self.num_skipped = self.num_skipped_in_a_row = 0
         self._pending: Pending | None = None
         self._epoch_loss = self._epoch_weight = 0.0
+        self._save_wait_seconds = 0.0  # since the last record
         self._previous_end = time.perf_counter()
 
     def restart_clock(self) -> None:
         """The next step begins now: what was done since the last one (validation, saving) is not its time."""
         self._previous_end = time.perf_counter()
+
+    @contextmanager
+    def waiting_for_save(self) -> Iterator[None]:
+        """Training stands still inside, for saving."""
+        started = time.perf_counter()
+        yield
+        self._save_wait_seconds += time.perf_counter() - started
+        self.restart_clock()
 
     def record(
         self, step: int, loss: LossReport, update: StepReport, micro_batches: Sequence[MicroBatch], wait_seconds: float
@@ -102,10 +112,12 @@ class StepLog:
                     "mfu": flops / pending.seconds / self.peak_flops,
                     "step_seconds": pending.seconds,
                     "data_wait_seconds": pending.wait_seconds,
+                    "save_wait_seconds": self._save_wait_seconds,
                     "peak_memory_gib": self.world.device.peak_memory_gib(),
                     "skipped_steps": self.num_skipped,
                 },
             )
+            self._save_wait_seconds = 0.0
         self.display.advance(1, f"loss {loss:.4f}  {rate:,.0f} tokens/s")
         if self.num_skipped_in_a_row >= self.max_skipped:
             raise RunError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,16 @@ from posttrain.distributed.world import World
 from posttrain.engine.check import check_export
 from posttrain.engine.checkpoint import Checkpoints, Progress, read_progress
 from posttrain.engine.engine import Engine, LossReport
-from posttrain.engine.export import export
+from posttrain.engine.export import export, export_adapter
 from posttrain.engine.optimizer import StepReport
 from posttrain.errors import InputError, RunError, RunStopped
 from posttrain.loops.step_log import StepLog
 from posttrain.loops.training_data import TrainingData, data_report, describe
 from posttrain.models.flops import forward_backward_flops
 from posttrain.models.load import find_model, load_config
-from posttrain.models.lora import model_fingerprint
+from posttrain.models.lora import check_base, model_fingerprint
 from posttrain.records import MicroBatch
-from posttrain.run.folder import RunFolder, RunState, library_versions
+from posttrain.run.folder import RunFolder, RunState, clear_leftovers, library_versions
 from posttrain.run.metrics import Metrics, drop_after
 from posttrain.run.progress import Display
 from posttrain.run.signals import StopRequest, catching_signals
@@ -37,14 +38,14 @@ class TrainingRun:
     def __init__(self, config: Config, world: World, display: Display, request: StopRequest):
         self.config, self.world, self.display, self.request = config, world, display, request
         self.folder = RunFolder(Path(config.trainer.default_local_dir))
-        self.checkpoints = Checkpoints(self.folder.path, config.trainer.max_ckpt_to_keep)
+        self.checkpoints = Checkpoints(self.folder.path, config.trainer.max_ckpt_to_keep, world)
         self.metrics = Metrics(None)
         self.state = RunState(world_size=world.size, versions=library_versions())
         self.progress = Progress(step=0, best=None, best_step=None, stale_validations=0, data="", model="")
         self.last_judged = self.last_saved = -1
         self._stopped_early = False
         self._stop_signal = 0  # that all processes have agreed on
-        self._stop_flag = torch.zeros((), device=world.device.torch_device)
+        self._flags = torch.zeros(2, device=world.device.torch_device)
 
     @classmethod
     @contextmanager
@@ -54,6 +55,7 @@ class TrainingRun:
         with ExitStack() as stack:
             run = cls(config, world, display, stack.enter_context(catching_signals()))
             stack.callback(lambda: run.metrics.close())
+            stack.callback(lambda: run.checkpoints.close())
             world.on_main(lambda: run._claim_folder(resolved_yaml))
             try:
                 yield run
@@ -82,8 +84,10 @@ class TrainingRun:
     def resume(self, engine: Engine) -> None:
         """Go on from the newest checkpoint, if there is one, and begin to write metrics."""
         if self._found is not None:
+            self.world.on_main(lambda: check_base(self._found, engine.adapters))
             self.progress = self.checkpoints.restore(engine, self._found)
             self.last_judged = self.last_saved = engine.step
+            self._stopped_early = self._stale()
             self.display.say(f"resumed from {self._found}: step {engine.step} of {self.state.total_steps}")
         self.state.step, self.state.best_step = engine.step, self.progress.best_step
         if self.world.is_main:
@@ -110,19 +114,23 @@ class TrainingRun:
     def stopping(self) -> bool:
         """Whether early stopping or a signal ends the run. Every process must ask once a step.
 
-        Several processes agree on a signal one step late, so that none waits for the answer inside a step.
+        Several processes agree on a signal one step late, so that none waits for the answer inside a step; likewise on
+        a checkpoint that could not be written, which raises RunError.
         """
-        wanted = torch.tensor(float(self.request.signal or 0), device=self.world.device.torch_device)
-        asked, self._stop_flag = self._stop_flag, self.world.sum(wanted)
-        if not self._stop_signal and (asked if self.world.size > 1 else wanted):
+        mine = [float(self.request.signal or 0), float(self.checkpoints.failed)]
+        before, self._flags = self._flags, self.world.sum(torch.tensor(mine, device=self.world.device.torch_device))
+        signals, failures = before.tolist() if self.world.size > 1 else mine
+        if failures:
+            self.checkpoints.wait()
+        if not self._stop_signal and signals:
             self._stop_signal = max(int(number) for number in self.world.gather(self.request.signal or 0))
         return self._stopped_early or bool(self._stop_signal)
 
     def due(self, frequency: int | str, step: int) -> bool:
-        """Whether something that happens every so many steps (100) or epochs (`2ep`) happens after this one."""
+        """Whether something that happens every so many steps (100) or epochs (`2ep`) and at the end happens after this one."""
         if isinstance(frequency, str):
             frequency = int(frequency.removesuffix("ep")) * self.data.schedule.steps_per_epoch
-        return frequency > 0 and step % frequency == 0
+        return step == self.state.total_steps or (frequency > 0 and step % frequency == 0)
 
     def record(
         self, engine: Engine, loss: LossReport, update: StepReport, micro_batches: Sequence[MicroBatch], wait: float
@@ -144,19 +152,20 @@ class TrainingRun:
         self.log.restart_clock()
 
     def save(self, engine: Engine) -> None:
-        """Write a checkpoint to resume from."""
-        self.log.settle()
+        """Begin to write a checkpoint to resume from; training goes on meanwhile."""
+        self.log.settle()  # resuming from it, no step before it is written again
         self.progress = replace(self.progress, step=engine.step)
-        self.checkpoints.save(engine, self.progress)
+        with self.log.waiting_for_save():
+            self.checkpoints.save(engine, self.progress, partial(export_adapter, engine) if engine.adapters else None)
         self.last_saved = engine.step
         self._write_state("running")
-        self.log.restart_clock()
 
     def finish(self, engine: Engine) -> None:
         """End the run: finished, with a model to use, or stopped, with a checkpoint to go on from (RunStopped)."""
         self.log.settle()
         if self.last_saved != engine.step:
             self.save(engine)
+        self.checkpoints.wait()
         self.display.end_work()
         if self._stop_signal:
             self._write_state("stopped")
@@ -173,6 +182,7 @@ class TrainingRun:
 
     def _claim_folder(self, resolved_yaml: str) -> None:
         self.folder.create()
+        clear_leftovers(self.folder.path)
         saved = self.checkpoints.saved()
         if saved and self.config.trainer.resume_mode == "disable":
             raise InputError(
@@ -209,13 +219,20 @@ class TrainingRun:
         self.progress = replace(self.progress, stale_validations=stale)
         if better:
             self.progress = replace(self.progress, best=value, best_step=step)
-        if trainer.early_stopping_patience is not None and stale >= trainer.early_stopping_patience:
-            self._stopped_early = True
+        self._stopped_early = self._stale()
+        if self._stopped_early:
             self.display.say(f"stopping early: {stale} validations without a better {trainer.best_metric}")
         return better
 
+    def _stale(self) -> bool:
+        patience = self.config.trainer.early_stopping_patience
+        return patience is not None and self.progress.stale_validations >= patience
+
     def _export(self, engine: Engine, name: str) -> torch.dtype:
-        """The finished model, in the number format that it came in, which is given back."""
+        """The finished model, in the number format that it came in, which is given back; after the checkpoint that is being
+        written."""
+        with self.log.waiting_for_save():
+            self.checkpoints.wait()
         model = self.config.model
         source = load_config(find_model(model.path), None, model.revision, model.trust_remote_code).dtype
         dtype = source if isinstance(source, torch.dtype) and not model.random_weights else torch.float32

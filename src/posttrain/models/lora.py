@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 ADAPTER = "default"
+ADAPTER_FOLDER = "adapter"  # of a checkpoint or an export
 BASE_LAYER = ".base_layer"
 _PREFIX = "base_model.model."  # of tensor names in peft's files
 
@@ -166,6 +167,23 @@ def save_adapter(folder: Path, adapters: Adapters, weights: dict[str, Tensor]) -
         (folder / "base.json").write_text(json.dumps(base, indent=2) + "\n")
     except Exception as error:  # safetensors raises errors of its own for a full disk
         raise RunError(f"Writing the adapter to {folder} failed: {error}. Checkpoints are untouched.") from None
+
+
+def check_base(checkpoint: Path | None, adapters: Adapters | None) -> None:
+    """Raise InputError where a checkpoint's adapter was trained beside another model than this one."""
+    if checkpoint is None or adapters is None:
+        return
+    try:
+        base = json.loads((checkpoint / ADAPTER_FOLDER / "base.json").read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{checkpoint} cannot be loaded: {error}. Delete this folder to resume from the one before it."
+        ) from None
+    if base["fingerprint"] != adapters.base_fingerprint:
+        raise InputError(
+            f"{checkpoint} holds an adapter for {base['model']} as it was then; the weights of {adapters.base_path} are others. "
+            "Use the same model.path, or another trainer.default_local_dir."
+        )
 
 
 def _new_config(options: ModelOptions) -> LoraConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -76,6 +77,35 @@ class RunFolder:
             return None
         except (OSError, ValueError, TypeError) as error:
             raise InputError(f"{self.path}/run.json cannot be read: {error}.") from None
+
+
+def put_in_place(aside: Path, place: Path) -> None:
+    """Let a folder that is whole take its place, or another's; after a kill in between `clear_leftovers` undoes it."""
+    before = place.with_name(f".{place.name}.old")
+    shutil.rmtree(before, ignore_errors=True)
+    if place.exists():
+        place.rename(before)
+    aside.rename(place)
+    shutil.rmtree(before, ignore_errors=True)
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder; what a kill leaves of it does not bear its name."""
+    aside = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Undo what a killed run left half done: half-written folders go, and one that was to be replaced comes back."""
+    for before in folder.glob(".checkpoint-*.old"):
+        place = folder / before.name.removeprefix(".").removesuffix(".old")
+        if not place.exists():
+            before.rename(place)
+        shutil.rmtree(before, ignore_errors=True)
+    for aside in folder.glob(".checkpoint-*.tmp"):
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def find_run(path: str) -> Path | None:

@@ -1,0 +1,143 @@
+"""The posttrain command in processes forked from one that has imported everything: a second instead of ten."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any
+
+WARM = [
+    "torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch.distributed.checkpoint.staging",
+    "torch.distributed.tensor", "transformers.models.auto.modeling_auto", "transformers.models.qwen2.modeling_qwen2",
+    "transformers.models.qwen2.tokenization_qwen2", "transformers.generation", "safetensors.torch", "pyarrow.parquet",
+    "hydra.core.override_parser.overrides_parser", "omegaconf", "fsspec", "numpy.ma", "rich._emoji_codes",
+    "posttrain.cli", "posttrain.loops.sft", "posttrain.config.compose",
+]  # fmt: skip
+SECONDS = 120  # longer than anything here should ever take
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Just before a process does something to a file: an audit event of Python, and the path that it is done to."""
+
+    event: str
+    path: str  # a regular expression
+    occurrence: int = 1
+    rank: int = 0
+
+
+def start_server() -> None:
+    """Import everything once, before any thread is there. Processes that tests fork inherit one thread for torch."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    multiprocessing.get_context("forkserver").set_forkserver_preload(WARM)
+    forkserver.ensure_running()
+    if before is None:
+        del os.environ["OMP_NUM_THREADS"]
+    else:
+        os.environ["OMP_NUM_THREADS"] = before
+
+
+@dataclass
+class Group:
+    """What runs in `size` processes."""
+
+    size: int
+    said: Path
+    processes: list[Any] = field(default_factory=list)
+
+    def wait(self, seconds: float = SECONDS) -> list[int]:
+        """Exit codes; -9 for what was killed. Fails where one does not end."""
+        until = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(0.0, until - time.monotonic()))
+        hung = [rank for rank, process in enumerate(self.processes) if process.is_alive()]
+        self.kill(hung)
+        assert not hung, f"processes {hung} of {self.size} did not end:\n{self.output()}"
+        return [process.exitcode for process in self.processes]
+
+    def kill(self, ranks: list[int]) -> None:
+        for rank in ranks:
+            if self.processes[rank].is_alive():
+                os.kill(self.processes[rank].pid, signal.SIGKILL)
+                self.processes[rank].join()
+
+    def output(self) -> str:
+        return self.said.read_text()
+
+
+def start(function: Callable[..., None], size: int, *arguments: Any, said: Path) -> Group:
+    """Start `function(rank, size, *arguments)` in `size` processes that find each other as torchrun's do."""
+    context = multiprocessing.get_context("forkserver")
+    group, port = Group(size, said), _free_port()
+    said.write_text("")
+    for rank in range(size):
+        process = context.Process(target=_run, args=(function, rank, size, port, said, arguments))
+        process.start()
+        group.processes.append(process)
+    return group
+
+
+def sft(rank: int, size: int, options: list[str], die: Moment | None = None, rows_to: Path | None = None) -> None:
+    """`posttrain sft OPTIONS`, killed at a moment; `rows_to`: write which rows each step takes into that folder."""
+    from posttrain import cli
+
+    if rows_to is not None:
+        _note_rows(rows_to)
+    if die is not None and die.rank == rank:
+        _die_at(die)
+    sys.argv = ["posttrain", "sft", *options]
+    cli.main()
+
+
+def _run(function: Callable, rank: int, size: int, port: int, said: Path, arguments: tuple) -> None:
+    stream = os.open(said, os.O_WRONLY | os.O_APPEND)
+    os.dup2(stream, 1)
+    os.dup2(stream, 2)
+    if size > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+        os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    function(rank, size, *arguments)
+
+
+def _die_at(moment: Moment) -> None:
+    left = [moment.occurrence]
+
+    def hook(event: str, arguments: tuple) -> None:
+        if event == moment.event and re.search(moment.path, str(arguments[0])):
+            left[0] -= 1
+            if not left[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+def _note_rows(folder: Path) -> None:
+    """Each process appends `step row row ...` for the rows that it was given, in the order that it trains them."""
+    from posttrain.loops.training_data import TrainingData
+
+    given = TrainingData.micro_batches
+
+    def noting(data, step, world):
+        micro_batches = given(data, step, world)
+        rows = [row for micro_batch in micro_batches for row in micro_batch.rows_N]
+        with open(folder / f"rows-{world.rank}", "a") as stream:
+            print(step, *rows, file=stream)
+        return micro_batches
+
+    TrainingData.micro_batches = noting
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
