@@ -88,9 +88,10 @@ def layouts(size: int) -> list[Layout]:
     sequences = [n for n in (1, 2, 4) if n <= size]
     matrix = [Layout(mesh, n, lora) for mesh, n, lora in product(meshes, sequences, (False, True))]
     families = [
-        Layout(None, sequences[-1], family=family) for family in ("llama", "gemma2", "qwen3", "three-key-heads")
+        Layout(None, sequences[-1], family=family) for family in ("llama", "gemma2", "qwen3")
     ]
     others = [
+        Layout(None, min(2, size), family="three-key-heads"),
         Layout(None, min(2, size), recompute=2),
         Layout(None, min(2, size), lora=True, recompute=1),
         Layout(meshes[-1], 1, reshard=False),
