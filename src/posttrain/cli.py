@@ -346,8 +346,11 @@ def _hand_to_processes(resolved: Resolved) -> bool:
     if not isinstance(plan, Workers):
         os.environ.update(plan)
         return False
+    level = os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else torch dumps its stack when another node ends
     from posttrain.launch.agent import run_workers
 
+    if level == "ERROR":
+        del os.environ["TORCH_CPP_LOG_LEVEL"]  # it is read at the import; workers may warn
     code = run_workers(plan, sys.argv[1:])
     if code:
         raise typer.Exit(code)

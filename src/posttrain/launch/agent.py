@@ -33,6 +33,7 @@ FINAL = (2, 130, 143)  # wrong input and a stopped run stay what they are when t
 MEET_SECONDS = 15 * 60.0  # that nodes wait for each other
 SAVE_SECONDS = 30 * 60  # that workers asked to stop have for their last checkpoint
 END_SECONDS = 30.0  # that workers have to end by themselves once another node has
+LOST_PEER = ("closed by peer", "reset by peer", "Broken pipe")  # as gloo and NCCL tell it
 QUIET_SECONDS = 10.0  # after which a wait is worth a line
 
 
@@ -147,7 +148,8 @@ def _prepare(workers: Workers) -> None:
         elastic.addHandler(logging.NullHandler())
         elastic.propagate = False
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers.processes)))
-    # a store for each round of workers: torch's shared one keeps the keys of those that were lost
+    # a store for each round of workers: torch's shared one outlives them, addresses of lost workers and all, on which
+    # NCCL has failed to start again (pytorch issue 135712)
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # nohup, which torch would undo
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGQUIT" + ("" if ignored else ",SIGHUP")
@@ -243,7 +245,9 @@ def _what_was_lost(failures: dict[int, ProcessFailure], restarts_left: int, max_
     message = first.message["message"] if isinstance(first.message, dict) else ""
     if first.exitcode > 0 and not message:  # the first worker has said why
         return again if restarts_left > 0 else ""
-    if message:
+    if any(sign in message for sign in LOST_PEER):
+        why = "lost its connection to another worker. The output of that one's node says why."
+    elif message:
         why = f"failed: {message}\nSet POSTTRAIN_TRACEBACK=1 to see where."
     else:
         why = f"was killed by {first.signal_name()}"
