@@ -387,6 +387,7 @@ def test_all_problems_are_told_at_once():
         (["trainer.early_stopping_patience=3"], "trainer.early_stopping_patience"),
         (["trainer.num_val_generations=8"], "trainer.num_val_generations"),
         (["trainer.project_name=x"], "trainer.project_name"),
+        (["trainer.rdzv_endpoint=node1:29500"], "trainer.rdzv_endpoint"),
         (["model.path=.", "model.revision=main"], "model.revision"),
         (["model.gradient_checkpointing_every=2"], "model.gradient_checkpointing_every"),
         (["model.lora_dropout=0.1"], "model.lora_dropout"),
@@ -436,6 +437,26 @@ def test_processes_asked_for_have_no_effect_under_torchrun(monkeypatch: pytest.M
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert ignored("trainer.n_gpus_per_node=2") == {"trainer.n_gpus_per_node"}
     assert ignored("trainer.n_gpus_per_node=4") == set()
+    across = ["trainer.n_gpus_per_node=4", "trainer.nnodes=2", "trainer.rdzv_endpoint=a:1", "trainer.max_restarts=1"]
+    assert ignored(*across) == {"trainer.nnodes", "trainer.rdzv_endpoint", "trainer.max_restarts"}
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    assert ignored(*across) == {"trainer.rdzv_endpoint", "trainer.max_restarts"}
+    monkeypatch.setenv("ROLE_NAME", "posttrain")  # workers of its own launcher
+    assert ignored(*across) == set()
+
+
+def test_slurms_tasks_are_not_started_again(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "16")
+    assert ignored("trainer.nnodes=2", "trainer.rdzv_endpoint=a:1", "trainer.max_restarts=1") == {
+        "trainer.max_restarts"
+    }
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    assert ignored("trainer.nnodes=2", "trainer.rdzv_endpoint=a:1", "trainer.max_restarts=1") == set()
+
+
+@pytest.mark.parametrize("endpoint", ["node1", ":29500", "node1:", "node1:0", "node1:70000", "node1:port"])
+def test_an_endpoint_is_a_host_and_a_port(endpoint: str):
+    assert "HOST:PORT" in problem(f"trainer.rdzv_endpoint='{endpoint}'")
 
 
 # what is shown

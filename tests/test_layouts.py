@@ -87,9 +87,7 @@ def layouts(size: int) -> list[Layout]:
     meshes = [None] if size == 1 else [None, size // 2]
     sequences = [n for n in (1, 2, 4) if n <= size]
     matrix = [Layout(mesh, n, lora) for mesh, n, lora in product(meshes, sequences, (False, True))]
-    families = [
-        Layout(None, sequences[-1], family=family) for family in ("llama", "gemma2", "qwen3")
-    ]
+    families = [Layout(None, sequences[-1], family=family) for family in ("llama", "gemma2", "qwen3")]
     others = [
         Layout(None, min(2, size), family="three-key-heads"),
         Layout(None, min(2, size), recompute=2),

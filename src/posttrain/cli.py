@@ -269,8 +269,11 @@ def _exit_code(command: Callable[[], object]) -> int:
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # a wrong flag, as typer's own kind of error
             error.show()
             return error.exit_code
+        told = _tell_launcher(error)
         if os.environ.get("POSTTRAIN_TRACEBACK"):
             raise
+        if told:
+            return 3
         _complain(RunError(f"{type(error).__name__}: {error}\nSet POSTTRAIN_TRACEBACK=1 to see where."))
         return 3
 
@@ -280,8 +283,19 @@ def _complain(error: Exception) -> None:
         print(error, file=sys.stderr)
 
 
+def _tell_launcher(error: Exception) -> bool:
+    """Leave the error for the launcher, which knows what failed first; True where it is ours and prints that."""
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        return False
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    get_error_handler().record_exception(error)
+    return os.environ.get("ROLE_NAME") == "posttrain"
+
+
 def _is_main() -> bool:
-    return os.environ.get("RANK", "0") == "0"
+    """Whether this process speaks for all: of workers the first, of Slurm's tasks the first."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 def _resolve(options: list[str] | None, given: dict[str, str | None], model: str | None) -> Resolved:
@@ -295,7 +309,8 @@ def _resolve(options: list[str] | None, given: dict[str, str | None], model: str
     if run:  # its export holds weights, tokenizer and template, whatever it began from
         flags += ["~model.random_weights", "~model.override_config", "~model.tokenizer_path", "~model.revision"]
         flags += ["~data.chat_template"]
-    return compose([*saved, *(options or []), *flags])
+    here = ["~trainer.nnodes", "~trainer.rdzv_endpoint", "~trainer.max_restarts"] if run else []  # not where it trained
+    return compose([*saved, *here, *(options or []), *flags])
 
 
 def _check_needed(resolved: Resolved, needs_val: bool) -> None:
@@ -325,12 +340,18 @@ def _check_needed(resolved: Resolved, needs_val: bool) -> None:
 
 def _hand_to_processes(resolved: Resolved) -> bool:
     """Start as many processes as the options ask for; True where they have done the work."""
-    from posttrain.launch import is_launched, run_on_processes
+    from posttrain.launch.plan import Workers, plan_launch
 
-    count = resolved.config.trainer.n_gpus_per_node or 1
-    if count == 1 or is_launched():
+    plan = plan_launch(resolved.config.trainer, os.environ, at_terminal=sys.stdin is not None and sys.stdin.isatty())
+    if not isinstance(plan, Workers):
+        os.environ.update(plan)
         return False
-    code = run_on_processes(count, sys.argv[1:])
+    level = os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else torch dumps its stack when another node ends
+    from posttrain.launch.agent import run_workers
+
+    if level == "ERROR":
+        del os.environ["TORCH_CPP_LOG_LEVEL"]  # it is read at the import; workers may warn
+    code = run_workers(plan, sys.argv[1:])
     if code:
         raise typer.Exit(code)
     return True

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from posttrain.config.arguments import COMMAND_LINE, DEFAULT
 from posttrain.config.describe import default_of
-from posttrain.config.schema import Config
+from posttrain.config.schema import Config, TrainerOptions
 
 
 def options_without_effect(config: Config, origins: dict[str, str]) -> list[dict[str, str]]:
@@ -90,14 +90,28 @@ def _of_trainer(config: Config) -> Iterator[tuple[str, str]]:
     if set(trainer.logger) <= {"console"}:
         for option in ("project_name", "experiment_name"):
             yield f"trainer.{option}", "trainer.logger names no tracker that would show it"
-    num_started = os.environ.get("LOCAL_WORLD_SIZE")  # by torchrun; posttrain's own launcher starts what was asked for
-    if num_started and trainer.n_gpus_per_node != int(num_started):
-        yield "trainer.n_gpus_per_node", f"torchrun already started {num_started} on this machine"
+    yield from _of_launch(trainer)
+
+
+def _of_launch(trainer: TrainerOptions) -> Iterator[tuple[str, str]]:
+    num_here, role = os.environ.get("LOCAL_WORLD_SIZE"), os.environ.get("ROLE_NAME")
+    if num_here and trainer.n_gpus_per_node != int(num_here):
+        yield "trainer.n_gpus_per_node", f"torchrun already started {num_here} on this machine"
+    if num_here and trainer.nnodes != int(os.environ.get("GROUP_WORLD_SIZE", 1)):
+        yield "trainer.nnodes", "torchrun already decided on how many machines the run is"
+    if num_here and role != "posttrain":  # the role of those that posttrain's own launcher starts
+        yield "trainer.rdzv_endpoint", "torchrun was told where the machines meet"
+        yield "trainer.max_restarts", "torchrun starts workers again, by its own --max-restarts"
+    elif trainer.nnodes == 1:
+        yield "trainer.rdzv_endpoint", "trainer.nnodes is 1, so that there is nobody to meet"
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) not in (1, trainer.nnodes):
+        yield "trainer.max_restarts", "Slurm starts one task a device, and restarts none of them alone"
 
 
 def _processes(config: Config) -> int:
-    """How many there will be: torchrun's, else those that the options ask for."""
-    return int(os.environ.get("WORLD_SIZE", config.trainer.n_gpus_per_node or 1))
+    """How many there will be: those that a launcher started, else those that the options ask for."""
+    asked_for = (config.trainer.n_gpus_per_node or 1) * config.trainer.nnodes
+    return int(os.environ.get("WORLD_SIZE", asked_for))
 
 
 def _is_local(name: str) -> bool:

@@ -48,10 +48,18 @@ def _valid_frequency(value: Any) -> Any:
     return text if text.endswith("ep") else int(text)
 
 
+def _checked_endpoint(endpoint: str) -> str:
+    host, _, port = endpoint.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise ValueError(f"{endpoint!r} is not HOST:PORT, such as node1:29500")
+    return endpoint
+
+
 PathText = Annotated[str, AfterValidator(_checked_path)]
 PathList = Annotated[list[PathText], BeforeValidator(_as_list)]
 TextList = Annotated[list[str], BeforeValidator(_as_list)]
 Frequency = Annotated[int | str, BeforeValidator(_valid_frequency)]
+Endpoint = Annotated[str, AfterValidator(_checked_endpoint)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -270,8 +278,14 @@ class TrainerOptions(Section):
     max_skipped_steps: PositiveInt = 5
     """A step whose loss or gradient is not finite is skipped; so many in a row stop the run."""
     n_gpus_per_node: PositiveInt | None = None
-    """Processes to start on this machine, one per device; on CPU they talk by gloo. Not given: one. Under torchrun, its
+    """Processes to start on each machine, one per device; on CPU they talk by gloo. Not given: one. Under torchrun, its
     world is used, over as many machines as it spans."""
+    nnodes: PositiveInt = 1
+    """Machines that the run spans; the same command is started once on each."""
+    rdzv_endpoint: Endpoint | None = None
+    """Where they meet: HOST:PORT of the first machine, the same on each. Slurm's tasks find it by themselves."""
+    max_restarts: NonNegativeInt = 0
+    """How often all processes are started again after one was lost; a run goes on from its newest checkpoint."""
     device: str = "auto"
     """What to compute on, by torch's name for it: cpu, cuda, npu, xpu, ...; auto takes the accelerator that torch finds, else
     the CPU."""

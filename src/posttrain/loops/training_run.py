@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -184,7 +185,8 @@ class TrainingRun:
         self.folder.create()
         clear_leftovers(self.folder.path)
         saved = self.checkpoints.saved()
-        if saved and self.config.trainer.resume_mode == "disable":
+        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # then these are this run's own
+        if saved and not restarted and self.config.trainer.resume_mode == "disable":
             raise InputError(
                 f"{self.folder.path} holds checkpoints, such as {saved[-1].name}. Choose another trainer.default_local_dir, "
                 "delete it, or go on from it with trainer.resume_mode=auto."

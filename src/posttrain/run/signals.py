@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+ONE_REQUEST_SECONDS = 3.0  # Slurm signals the launcher, which passes it on, and every worker besides
 
 
 class StopRequest:
@@ -13,11 +16,13 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self._since = 0.0
 
     def receive(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
+        if self.signal is None:
+            self.signal, self._since = signal.Signals(number), time.monotonic()
+        elif time.monotonic() - self._since > ONE_REQUEST_SECONDS:
             raise KeyboardInterrupt
-        self.signal = signal.Signals(number)
 
 
 @contextmanager
