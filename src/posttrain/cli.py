@@ -271,13 +271,18 @@ def _exit_code(command: Callable[[], object]) -> int:
             return error.exit_code
         if os.environ.get("POSTTRAIN_TRACEBACK"):
             raise
-        _complain(RunError(f"{type(error).__name__}: {error}\nSet POSTTRAIN_TRACEBACK=1 to see where."))
+        _complain(
+            RunError(f"{type(error).__name__}: {error}\nSet POSTTRAIN_TRACEBACK=1 to see where."), of_any_rank=True
+        )
         return 3
 
 
-def _complain(error: Exception) -> None:
+def _complain(error: Exception, of_any_rank: bool = False) -> None:
+    """Print it; what all ranks have agreed on is said by the main one alone."""
     if _is_main():
         print(error, file=sys.stderr)
+    elif of_any_rank:
+        print(f"rank {os.environ['RANK']}: {error}", file=sys.stderr)
 
 
 def _is_main() -> bool:

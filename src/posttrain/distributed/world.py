@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -15,10 +15,12 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from posttrain.distributed.device import Device
+from posttrain.distributed.watchdog import Watchdog
 from posttrain.errors import InputError, RunError
 
 T = TypeVar("T")
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # the first process tokenizes while the others wait
+# the first process may tokenize for hours while the others wait; what hangs is found by the watchdog
+COLLECTIVE_TIMEOUT = timedelta(hours=6)
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class World:
     rank: int = 0
     size: int = 1
     mesh: DeviceMesh | None = None
+    watchdog: Watchdog = field(default_factory=Watchdog)
 
     @property
     def is_main(self) -> bool:
@@ -82,21 +85,22 @@ def world_size_wanted() -> int:
 
 
 @contextmanager
-def join_world(device: Device, dtype: torch.dtype = torch.float32) -> Iterator[World]:
+def join_world(device: Device, dtype: torch.dtype = torch.float32, watchdog: Watchdog | None = None) -> Iterator[World]:
     """This process among the others that the launcher started; alone without one.
 
     One process has a mesh too where FSDP2 does something for it: keep float32 weights while it computes in `dtype`.
     """
+    watchdog = watchdog or Watchdog()
     size = world_size_wanted()
     if size == 1 and dtype == torch.float32:
-        yield World(device)
+        yield World(device, watchdog=watchdog)
         return
     alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
     bound = None if device.type == "cpu" else device.torch_device
     dist.init_process_group(device.backend, timeout=COLLECTIVE_TIMEOUT, device_id=bound, **alone)
     try:
         mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
-        yield World(device, dist.get_rank(), size, mesh)
+        yield World(device, dist.get_rank(), size, mesh, watchdog)
         dist.barrier()  # nobody leaves while another still talks
     finally:
         dist.destroy_process_group()

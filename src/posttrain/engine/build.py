@@ -26,6 +26,7 @@ def build_engine(
     seed: int,
 ) -> Engine:
     """The engine of a run of `num_steps` steps. Every process must call this."""
+    world.watchdog.beat("loading the model")
     lm = load_model(
         find_model(model.path),
         dtype=torch.float32,

@@ -45,18 +45,23 @@ class Engine:
         """Log-probabilities (float32, T) of each micro-batch's labels; 0 where a label has no weight. No gradients."""
         self.policy.eval()
         with torch.no_grad():
-            out = [self._logprobs(micro_batch).cpu().numpy() for micro_batch in micro_batches]
+            out = []
+            for index, micro_batch in enumerate(micro_batches):
+                self._begin(index, micro_batches)
+                out.append(self._logprobs(micro_batch).cpu().numpy())
         at_rest(self.policy)
         return out
 
     def forward_backward(self, micro_batches: Sequence[MicroBatch], loss: Loss) -> LossReport:
         """Add the gradients of one step's loss, of which these micro-batches are this process's part."""
+        self.world.watchdog.beat("forward and backward")
         device = self.world.device.torch_device
         local_weight = sum(float(m.weights_T.sum(dtype=np.float64)) for m in micro_batches)
         total_weight = self.world.sum(torch.tensor(local_weight, dtype=torch.float64, device=device)).float()
         total = torch.zeros((), device=device)
         self.policy.train()
         for index, micro_batch in enumerate(micro_batches):
+            self._begin(index, micro_batches)
             seed_all(self.seed, self.step, index, self.world.rank)  # dropout is a function of where it falls
             weights_T = torch.from_numpy(micro_batch.weights_T).to(device, non_blocking=True)
             slope_T = loss.slope(weights_T, total_weight) if loss.slope else None
@@ -67,6 +72,7 @@ class Engine:
 
     def optim_step(self) -> StepReport:
         """Clip, move the weights, clear the gradients; a gradient that is not finite moves nothing."""
+        self.world.watchdog.beat("optimizer")
         report = self.optimizer.step(self.step)
         self.step += 1
         return report
@@ -91,6 +97,9 @@ class Engine:
             if parameter.grad is not None:
                 gradient = parameter.grad
                 yield name, gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+
+    def _begin(self, index: int, micro_batches: Sequence[MicroBatch]) -> None:
+        self.world.watchdog.beat(part=f"micro-batch {index + 1} of {len(micro_batches)}")
 
     def _logprobs(self, micro_batch: MicroBatch, slope_T: Tensor | None = None) -> Tensor:
         """Log-probabilities (T) of the labels with weight, 0 elsewhere: only those tokens meet the vocabulary."""

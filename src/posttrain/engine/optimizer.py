@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ class StepReport:
     grad_norm: Tensor
     skipped: Tensor
     lr: float
+    seconds: float  # that this process worked, after it knew the norm
 
 
 class AdamW:
@@ -52,6 +54,7 @@ class AdamW:
         """Move the weights by the gradients gathered so far, at the rate of `step`, and clear them. All ranks call this."""
         gradients = {name: local(p.grad) for name, p in self.parameters.items() if p.grad is not None}
         norm = self._norm(list(gradients.values()))
+        started = time.perf_counter()
         for name, gradient in gradients.items():
             self.shards[name].grad = gradient
         skipped = (~torch.isfinite(norm)).float()
@@ -66,7 +69,7 @@ class AdamW:
         self.torch.zero_grad(set_to_none=True)
         for parameter in self.parameters.values():
             parameter.grad = None
-        return StepReport(norm, skipped, lr)
+        return StepReport(norm, skipped, lr, time.perf_counter() - started)
 
     def state(self) -> dict[str, Tensor]:
         """Moments and step counts by name; on a mesh as DTensors, so that a checkpoint fits any world size."""

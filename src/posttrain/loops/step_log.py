@@ -13,6 +13,7 @@ from posttrain.distributed.world import World
 from posttrain.engine.engine import LossReport
 from posttrain.engine.optimizer import StepReport
 from posttrain.errors import RunError
+from posttrain.loops.slowest import Slowest
 from posttrain.records import MicroBatch
 from posttrain.run.metrics import Metrics
 from posttrain.run.progress import Display
@@ -25,7 +26,7 @@ class Pending:
     step: int  # steps done with it
     loss: LossReport
     update: StepReport
-    work: torch.Tensor  # real tokens and FLOPs, over all processes
+    work: torch.Tensor  # real tokens and FLOPs over all processes, then each rank's own seconds
     seconds: float
     wait_seconds: float
 
@@ -50,6 +51,7 @@ class StepLog:
         self.flops, self.peak_flops = flops, peak_flops
         self.num_skipped = self.num_skipped_in_a_row = 0
         self._pending: Pending | None = None
+        self.slowest, self._writing_seconds = Slowest(display), 0.0
         self._epoch_loss = self._epoch_weight = 0.0
         self._previous_end = time.perf_counter()
 
@@ -61,8 +63,14 @@ class StepLog:
         self, step: int, loss: LossReport, update: StepReport, micro_batches: Sequence[MicroBatch], wait_seconds: float
     ) -> None:
         """Note a step that was just dispatched and write the one before it. Every process must call this."""
+        self.world.watchdog.beat("metrics")
+        own_seconds = [0.0] * self.world.size
+        own_seconds[self.world.rank] = wait_seconds + update.seconds + self._writing_seconds
+        self._writing_seconds = 0.0
         done = [sum(m.num_tokens for m in micro_batches), sum(self.flops(m) for m in micro_batches if m.rows_N)]
-        work = self.world.sum(torch.tensor(done, dtype=torch.float64, device=self.world.device.torch_device))
+        work = self.world.sum(
+            torch.tensor(done + own_seconds, dtype=torch.float64, device=self.world.device.torch_device)
+        )
         self.settle()
         now = time.perf_counter()
         self._pending = Pending(step, loss, update, work, now - self._previous_end, wait_seconds)
@@ -79,7 +87,9 @@ class StepLog:
             return
         pending, self._pending = self._pending, None
         loss, weight = float(pending.loss.loss), float(pending.loss.total_weight)
-        tokens, flops = pending.work.tolist()
+        tokens, flops, *own_seconds = pending.work.tolist()
+        started = time.perf_counter()  # from here on it waits for no other process
+        slowest = self.slowest.of(own_seconds, pending.seconds)
         rate = tokens / pending.seconds
         if pending.update.skipped:
             self._count_skipped(pending.step, loss, float(pending.update.grad_norm))
@@ -104,9 +114,11 @@ class StepLog:
                     "data_wait_seconds": pending.wait_seconds,
                     "peak_memory_gib": self.world.device.peak_memory_gib(),
                     "skipped_steps": self.num_skipped,
+                    **slowest,
                 },
             )
         self.display.advance(1, f"loss {loss:.4f}  {rate:,.0f} tokens/s")
+        self._writing_seconds += time.perf_counter() - started
         if self.num_skipped_in_a_row >= self.max_skipped:
             raise RunError(
                 f"{self.num_skipped_in_a_row} steps in a row had a loss or gradient that is not finite, up to step "

@@ -53,6 +53,7 @@ class TrainingRun:
             run = cls(config, world, display, stack.enter_context(catching_signals()))
             stack.callback(lambda: run.metrics.close())
             world.on_main(lambda: run._claim_folder(resolved_yaml))
+            world.watchdog.folder = run.folder
             try:
                 yield run
             except RunStopped:
@@ -79,6 +80,7 @@ class TrainingRun:
 
     def resume(self, engine: Engine) -> None:
         """Go on from the newest checkpoint, if there is one, and begin to write metrics."""
+        self.world.watchdog.beat("resuming")
         if self._found is not None:
             self.progress = self.checkpoints.restore(engine, self._found)
             self.last_judged = self.last_saved = engine.step
@@ -143,6 +145,7 @@ class TrainingRun:
 
     def save(self, engine: Engine) -> None:
         """Write a checkpoint to resume from."""
+        self.world.watchdog.beat("saving", patient=True)
         self.log.settle()
         self.progress = replace(self.progress, step=engine.step)
         self.checkpoints.save(engine, self.progress)
@@ -211,6 +214,7 @@ class TrainingRun:
 
     def _export(self, engine: Engine, name: str) -> None:
         """The finished model, in the number format that it came in."""
+        self.world.watchdog.beat("exporting", patient=True)
         model = self.config.model
         source = load_config(find_model(model.path), None, model.revision, model.trust_remote_code).dtype
         dtype = source if isinstance(source, torch.dtype) and not model.random_weights else torch.float32
