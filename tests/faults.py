@@ -25,8 +25,10 @@ def faulty(self, step, world):
         raise ValueError("a shard is broken")
     if FAULT == "is_paused_then_sleeps":
         if step == 1:  # as by Ctrl-Z and `fg`, for twice the timeout
-            subprocess.Popen(["sh", "-c", f"sleep 6; kill -CONT {os.getpid()}"])
+            subprocess.Popen(["sh", "-c", f"sleep 7; kill -CONT {os.getpid()}"])
+            time.sleep(1)
             os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(1)
         if step == 2:
             time.sleep(1000)
     if FAULT == "is_slow" and RANK == AT_FAULT:

@@ -132,7 +132,7 @@ def test_rank_0_is_named_when_it_is_stopped_though_it_keeps_what_the_ranks_tell_
 def test_one_process_alone_is_watched_too_and_a_pause_is_no_hang(posttrain):
     with Ranks(posttrain, "is_paused_then_sleeps", 1, trainer__hang_timeout_seconds=3) as ranks:
         said = ranks.ends(0, 3)
-    assert "rank 0 is at step 3, reading rows, for 3 s" in said
+    assert "rank 0 is at step 3, reading rows, for " in said
     assert "time.sleep(1000)" in (ranks.run / "hang.txt").read_text()
 
 
