@@ -274,13 +274,18 @@ def _exit_code(command: Callable[[], object]) -> int:
             raise
         if told:
             return 3
-        _complain(RunError(f"{type(error).__name__}: {error}\nSet POSTTRAIN_TRACEBACK=1 to see where."))
+        _complain(
+            RunError(f"{type(error).__name__}: {error}\nSet POSTTRAIN_TRACEBACK=1 to see where."), of_any_rank=True
+        )
         return 3
 
 
-def _complain(error: Exception) -> None:
+def _complain(error: Exception, of_any_rank: bool = False) -> None:
+    """Print it; what all ranks have agreed on is said by the main one alone."""
     if _is_main():
         print(error, file=sys.stderr)
+    elif of_any_rank:
+        print(f"rank {os.environ['RANK']}: {error}", file=sys.stderr)
 
 
 def _tell_launcher(error: Exception) -> bool:

@@ -277,6 +277,9 @@ class TrainerOptions(Section):
     """Write training metrics every so many steps; counts and sums still cover all of them."""
     max_skipped_steps: PositiveInt = 5
     """A step whose loss or gradient is not finite is skipped; so many in a row stop the run."""
+    hang_timeout_seconds: NonNegativeFloat = 600.0
+    """Seconds without progress of any process after which the run stops, says which one holds it up and writes every stack
+    to hang.txt; six times as long while it starts, saves or answers. 0 never stops."""
     n_gpus_per_node: PositiveInt | None = None
     """Processes to start on each machine, one per device; on CPU they talk by gloo. Not given: one. Under torchrun, its
     world is used, over as many machines as it spans."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -17,10 +17,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from posttrain.config.schema import EngineOptions
 from posttrain.distributed.device import Device
 from posttrain.distributed.sequence import Sequence
+from posttrain.distributed.watchdog import Watchdog
 from posttrain.errors import InputError, RunError
 
 T = TypeVar("T")
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # the first process tokenizes while the others wait
+# the first process may tokenize for hours while the others wait; what hangs is found by the watchdog
+COLLECTIVE_TIMEOUT = timedelta(hours=6)
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class World:
     size: int = 1
     mesh: DeviceMesh | None = None
     sequence: Sequence | None = None
+    watchdog: Watchdog = field(default_factory=Watchdog)
 
     @property
     def is_main(self) -> bool:
@@ -52,6 +55,11 @@ class World:
         """Which of those this process belongs to."""
         return self.rank // self.sequence.size if self.sequence else self.rank
 
+    @property
+    def counts(self) -> bool:
+        """True on one of the processes that share a row: what all of them know is counted there."""
+        return self.sequence is None or self.sequence.rank == 0
+
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, in place. Every process must call this."""
         if self.size > 1:
@@ -60,7 +68,7 @@ class World:
 
     def sum_over_readers(self, tensor: Tensor) -> Tensor:
         """The same where processes that share a row hold the same number, which counts once."""
-        if self.sequence and self.sequence.rank:
+        if not self.counts:
             tensor.zero_()
         return self.sum(tensor)
 
@@ -118,18 +126,21 @@ def world_size_wanted() -> int:
 
 @contextmanager
 def join_world(
-    device: Device, dtype: torch.dtype = torch.float32, layout: EngineOptions | None = None
+    device: Device,
+    dtype: torch.dtype = torch.float32,
+    layout: EngineOptions | None = None,
+    watchdog: Watchdog | None = None,
 ) -> Iterator[World]:
     """This process among the others that the launcher started; alone without one.
 
     One process has a mesh too where FSDP2 does something for it: keep float32 weights while it computes in `dtype`, or keep
     them on another device. Raises InputError where the processes cannot be laid out as asked.
     """
-    layout = layout or EngineOptions()
+    layout, watchdog = layout or EngineOptions(), watchdog or Watchdog()
     size = world_size_wanted()
     shard_size = _checked_sizes(layout, size)
     if size == 1 and dtype == torch.float32 and not layout.param_offload:
-        yield World(device)
+        yield World(device, watchdog=watchdog)
         return
     alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
     dist.init_process_group(device.backend, timeout=COLLECTIVE_TIMEOUT, device_id=device.group_device, **alone)
@@ -140,7 +151,8 @@ def join_world(
             mesh = init_device_mesh(
                 device.type, (size // shard_size, shard_size), mesh_dim_names=("replicate", "shard")
             )
-        yield World(device, dist.get_rank(), size, mesh, Sequence.of(layout.ulysses_sequence_parallel_size))
+        sequence = Sequence.of(layout.ulysses_sequence_parallel_size)
+        yield World(device, dist.get_rank(), size, mesh, sequence, watchdog)
         dist.barrier()  # nobody leaves while another still talks
     finally:
         dist.destroy_process_group()

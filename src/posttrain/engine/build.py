@@ -35,6 +35,7 @@ def build_engine(
 ) -> Engine:
     """The engine of a run of `num_steps` steps, which computes in `dtype`. Every process must call this."""
     check_layout(model, layout, packing)
+    world.watchdog.beat("loading the model")
     sharded, wanted = world.mesh is not None, wants_adapters(model)
     lm, base = _empty(model, world, seed) if sharded else (_whole(model, seed), None)
     adapter_config = add_adapters(lm, model, dtype) if wanted else None

@@ -52,18 +52,23 @@ class Engine:
         """Log-probabilities (float32, T) of each micro-batch's labels; 0 where a label has no weight. No gradients."""
         self.policy.eval()
         with torch.no_grad():
-            out = [self._logprobs(micro_batch).cpu().numpy() for micro_batch in micro_batches]
+            out = []
+            for index, micro_batch in enumerate(micro_batches):
+                self._begin(index, micro_batches)
+                out.append(self._logprobs(micro_batch).cpu().numpy())
         at_rest(self.policy)
         return out
 
     def forward_backward(self, micro_batches: Sequence[MicroBatch], loss: Loss) -> LossReport:
         """Add the gradients of one step's loss, of which these micro-batches are this process's part."""
+        self.world.watchdog.beat("forward and backward")
         device = self.world.device.torch_device
         local_weight = sum(float(m.weights_T.sum(dtype=np.float64)) for m in micro_batches)
         total_weight = self.world.total(local_weight).float()
         total = torch.zeros((), device=device)
         self.policy.train()
         for index, micro_batch in enumerate(micro_batches):
+            self._begin(index, micro_batches)
             seed_all(self.seed, self.step, index, self.world.rank)  # dropout is a function of where it falls
             weights_T = torch.from_numpy(micro_batch.weights_T).to(device, non_blocking=True)
             slope_T = loss.slope(weights_T, total_weight) if loss.slope else None
@@ -75,6 +80,7 @@ class Engine:
 
     def optim_step(self) -> StepReport:
         """Clip, move the weights, clear the gradients; a gradient that is not finite moves nothing."""
+        self.world.watchdog.beat("optimizer")
         report = self.optimizer.step(self.step)
         self.step += 1
         return report
@@ -82,7 +88,7 @@ class Engine:
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Trained weights and optimizer state by name, sharing memory with the engine: what checkpoints write and fill.
 
-        Frozen weights are left out; `base` tells whether they are the same ones.
+        Frozen weights are left out; `adapters` tells by a fingerprint which they are.
         """
         lm = self.policy.lm
         trained = {name for name, parameter in lm.named_parameters() if parameter.requires_grad}
@@ -107,6 +113,9 @@ class Engine:
         for name, parameter in self.policy.lm.named_parameters():
             if parameter.grad is not None:
                 yield name, whole(parameter.grad, self.world.device.torch_device)
+
+    def _begin(self, index: int, micro_batches: Sequence[MicroBatch]) -> None:
+        self.world.watchdog.beat(part=f"micro-batch {index + 1} of {len(micro_batches)}")
 
     def _logprobs(self, micro_batch: MicroBatch, slope_T: Tensor | None = None) -> Tensor:
         """Log-probabilities (T) of the labels with weight, 0 elsewhere: only those tokens meet the vocabulary.

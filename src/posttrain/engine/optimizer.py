@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ class StepReport:
     grad_norm: Tensor
     skipped: Tensor
     lr: float
+    seconds: float  # that this process worked, after it knew the norm
 
 
 class AdamW:
@@ -64,6 +66,7 @@ class AdamW:
         """Move the weights by the gradients gathered so far, at the rate of `step`, and clear them. All ranks call this."""
         gradients = {name: local(p.grad) for name, p in self.parameters.items() if p.grad is not None}
         norm = self._norm(list(gradients.values()))
+        started = time.perf_counter()
         skipped = (~torch.isfinite(norm)).float()
         over = norm / self.clip_grad if self.clip_grad else torch.ones_like(norm)
         scale = torch.where(over > 1, over, 1.0)
@@ -72,7 +75,7 @@ class AdamW:
             self._move_all(gradients, scale, skipped, lr)
         for parameter in self.parameters.values():
             parameter.grad = None
-        return StepReport(norm, skipped, lr)
+        return StepReport(norm, skipped, lr, time.perf_counter() - started)
 
     def state(self) -> dict[str, Tensor]:
         """Moments and step counts by name; on a mesh as DTensors, so that a checkpoint fits any world size."""

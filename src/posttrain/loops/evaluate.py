@@ -11,6 +11,7 @@ from posttrain.config.schema import Config
 from posttrain.data.formats import Columns, RowError, to_conversation
 from posttrain.data.sources import find_sources, read_rows
 from posttrain.distributed.device import choose_device
+from posttrain.distributed.watchdog import watching
 from posttrain.distributed.world import World, join_world
 from posttrain.errors import InputError
 from posttrain.loops.answering import Answer, answer_all, judge_all
@@ -71,7 +72,11 @@ def _answers(config: Config, files: Sequence[str], option: str, limit: int | Non
     """Answers on every process; the last value is true on the one that writes."""
     data = config.data
     device = choose_device(config.trainer.device)
-    with join_world(device, device.compute_dtype("float32")) as world, Display(world.is_main) as display:
+    with (
+        watching(config.trainer.hang_timeout_seconds) as watchdog,
+        join_world(device, device.compute_dtype("float32"), watchdog=watchdog) as world,
+        Display(world.is_main, watchdog.alive) as display,
+    ):
         columns = Columns(data.messages_key, data.prompt_key, data.response_key)
         conversations, dropped = world.everyone(
             lambda: read_problems(files, columns, option, data.val_split, data.hub_config, limit)
@@ -80,6 +85,7 @@ def _answers(config: Config, files: Sequence[str], option: str, limit: int | Non
             display.say(f"left out {count:,} rows: {reason}")
         chat = world.everyone(chat_maker(config))
         rollout = TransformersRollout(_model(config, world), chat.tokenizer, config.rollout, seed=config.trainer.seed)
+        watchdog.beat("answering", patient=True)
         display.begin_work("answering", -(-len(conversations) // world.size))
         completions = answer_all(rollout, chat, conversations, world, display.advance)
         display.end_work()

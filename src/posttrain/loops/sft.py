@@ -9,6 +9,7 @@ import numpy as np
 
 from posttrain.config.schema import Config
 from posttrain.distributed.device import choose_device
+from posttrain.distributed.watchdog import watching
 from posttrain.distributed.world import World, join_world
 from posttrain.engine.build import build_engine
 from posttrain.engine.engine import Engine
@@ -27,8 +28,9 @@ def sft(config: Config, resolved_yaml: str, gradients_to: str | None = None) -> 
     device = choose_device(config.trainer.device)
     dtype = device.compute_dtype(config.model.dtype)
     with (
-        join_world(device, dtype, config.engine) as world,
-        Display(world.is_main) as display,
+        watching(config.trainer.hang_timeout_seconds) as watchdog,
+        join_world(device, dtype, config.engine, watchdog) as world,
+        Display(world.is_main, watchdog.alive) as display,
         TrainingRun.open(config, resolved_yaml, world, display) as run,
     ):
         data = open_training_data(config, world, display)  # lengths and steps are known before a model is loaded
@@ -52,6 +54,7 @@ def train(run: TrainingRun, engine: Engine, data: TrainingData, world: World) ->
         run.judge(engine, validate(engine, data, run.config))
     run.begin()
     while engine.step < data.schedule.num_steps and not run.stopping:
+        world.watchdog.beat("reading rows", step=engine.step + 1)
         started = time.perf_counter()
         micro_batches = data.micro_batches(engine.step, world)
         waited = time.perf_counter() - started
@@ -70,7 +73,11 @@ def evaluate_loss(config: Config) -> dict[str, float]:
     """The validation loss of a model, without training: what `--eval_only` prints."""
     device = choose_device(config.trainer.device)
     dtype = device.compute_dtype(config.model.dtype)
-    with join_world(device, dtype, config.engine) as world, Display(world.is_main) as display:
+    with (
+        watching(config.trainer.hang_timeout_seconds) as watchdog,
+        join_world(device, dtype, config.engine, watchdog) as world,
+        Display(world.is_main, watchdog.alive) as display,
+    ):
         data = open_training_data(config, world, display)
         engine = build_engine(
             config.model, config.engine, config.optim, 1, world, dtype,

@@ -14,6 +14,7 @@ from posttrain.distributed.world import World
 from posttrain.engine.engine import LossReport
 from posttrain.engine.optimizer import StepReport
 from posttrain.errors import RunError
+from posttrain.loops.slowest import Slowest
 from posttrain.records import MicroBatch
 from posttrain.run.metrics import Metrics
 from posttrain.run.progress import Display
@@ -26,7 +27,7 @@ class Pending:
     step: int  # steps done with it
     loss: LossReport
     update: StepReport
-    work: torch.Tensor  # real tokens and FLOPs, over all processes
+    work: torch.Tensor  # real tokens and FLOPs over all processes, then each rank's own seconds
     seconds: float
     wait_seconds: float
 
@@ -51,6 +52,7 @@ class StepLog:
         self.flops, self.peak_flops = flops, peak_flops
         self.num_skipped = self.num_skipped_in_a_row = 0
         self._pending: Pending | None = None
+        self.slowest, self._writing_seconds = Slowest(display), 0.0
         self._epoch_loss = self._epoch_weight = 0.0
         self._save_wait_seconds = 0.0  # since the last record
         self._previous_end = time.perf_counter()
@@ -71,8 +73,14 @@ class StepLog:
         self, step: int, loss: LossReport, update: StepReport, micro_batches: Sequence[MicroBatch], wait_seconds: float
     ) -> None:
         """Note a step that was just dispatched and write the one before it. Every process must call this."""
+        self.world.watchdog.beat("metrics")
+        own_seconds = [0.0] * self.world.size
+        own_seconds[self.world.rank] = wait_seconds + update.seconds + self._writing_seconds
+        self._writing_seconds = 0.0
         done = [sum(m.num_tokens for m in micro_batches), sum(self.flops(m) for m in micro_batches if m.rows_N)]
-        work = self.world.total(done)
+        counted = done if self.world.counts else [0.0] * len(done)
+        numbers = torch.tensor([*counted, *own_seconds], dtype=self.world.device.sum_dtype)
+        work = self.world.sum(numbers.to(self.world.device.torch_device))
         self.settle()
         now = time.perf_counter()
         self._pending = Pending(step, loss, update, work, now - self._previous_end, wait_seconds)
@@ -89,7 +97,9 @@ class StepLog:
             return
         pending, self._pending = self._pending, None
         loss, weight = float(pending.loss.loss), float(pending.loss.total_weight)
-        tokens, flops = pending.work.tolist()
+        tokens, flops, *own_seconds = pending.work.tolist()
+        started = time.perf_counter()  # from here on it waits for no other process
+        slowest = self.slowest.of(own_seconds, pending.seconds)
         rate = tokens / pending.seconds
         if pending.update.skipped:
             self._count_skipped(pending.step, loss, float(pending.update.grad_norm))
@@ -115,10 +125,12 @@ class StepLog:
                     "save_wait_seconds": self._save_wait_seconds,
                     "peak_memory_gib": self.world.device.peak_memory_gib(),
                     "skipped_steps": self.num_skipped,
+                    **slowest,
                 },
             )
             self._save_wait_seconds = 0.0
         self.display.advance(1, f"loss {loss:.4f}  {rate:,.0f} tokens/s")
+        self._writing_seconds += time.perf_counter() - started
         if self.num_skipped_in_a_row >= self.max_skipped:
             raise RunError(
                 f"{self.num_skipped_in_a_row} steps in a row had a loss or gradient that is not finite, up to step "

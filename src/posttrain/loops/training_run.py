@@ -58,6 +58,7 @@ class TrainingRun:
             stack.callback(lambda: run.metrics.close())
             stack.callback(lambda: run.checkpoints.close())
             world.on_main(lambda: run._claim_folder(resolved_yaml))
+            world.watchdog.folder = run.folder
             try:
                 yield run
             except RunStopped:
@@ -84,6 +85,7 @@ class TrainingRun:
 
     def resume(self, engine: Engine) -> None:
         """Go on from the newest checkpoint, if there is one, and begin to write metrics."""
+        self.world.watchdog.beat("resuming")
         if self._found is not None:
             self.world.on_main(lambda: check_base(self._found, engine.adapters))
             self.progress = self.checkpoints.restore(engine, self._found)
@@ -154,6 +156,7 @@ class TrainingRun:
 
     def save(self, engine: Engine) -> None:
         """Begin to write a checkpoint to resume from; training goes on meanwhile."""
+        self.world.watchdog.beat("saving", patient=True)
         self.log.settle()  # resuming from it, no step before it is written again
         self.progress = replace(self.progress, step=engine.step)
         with self.log.waiting_for_save():
@@ -233,6 +236,7 @@ class TrainingRun:
     def _export(self, engine: Engine, name: str) -> torch.dtype:
         """The finished model, in the number format that it came in, which is given back; after the checkpoint that is being
         written."""
+        self.world.watchdog.beat("exporting", patient=True)
         with self.log.waiting_for_save():
             self.checkpoints.wait()
         model = self.config.model

@@ -21,6 +21,7 @@ def validate(engine: Engine, data: TrainingData, config: Config) -> dict[str, fl
     """
     if data.val is None:
         return {}
+    engine.world.watchdog.beat("validation")
     found = {"val_loss": _loss(engine, data)}
     if config.trainer.num_val_generations:
         accuracy = _accuracy(engine, data, config)
@@ -40,6 +41,7 @@ def _loss(engine: Engine, data: TrainingData) -> float:
 
 
 def _accuracy(engine: Engine, data: TrainingData, config: Config) -> Accuracy:
+    engine.world.watchdog.beat("answering", patient=True)
     world = engine.world
     columns = Columns(config.data.messages_key, config.data.prompt_key, config.data.response_key)
     rows = world.on_main(lambda: read_validation_rows(data, config.trainer.num_val_generations))
@@ -47,5 +49,5 @@ def _accuracy(engine: Engine, data: TrainingData, config: Config) -> Accuracy:
     dtype = world.device.compute_dtype(config.model.dtype)
     model = assemble(engine, dtype, world.device.torch_device)
     rollout = TransformersRollout(model, data.chat.tokenizer, config.rollout, data.end_ids, config.trainer.seed)
-    completions = answer_all(rollout, data.chat, conversations, world)
+    completions = answer_all(rollout, data.chat, conversations, world, lambda done: world.watchdog.alive())
     return Accuracy.of([answer.verdict for answer in judge_all(conversations, completions, config.reward.name)])

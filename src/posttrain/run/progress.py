@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 from rich.console import Console
@@ -10,11 +11,15 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 
 class Display:
-    """The console of the main process; silent on the others. On a terminal the last line is live."""
+    """The console of the main process; silent on the others. On a terminal the last line is live.
+
+    `alive` is told of each advance, on every process.
+    """
 
     PLAIN_LINE_SECONDS = 10.0  # where nothing can be live, a line as often as this
 
-    def __init__(self, shown: bool = True):
+    def __init__(self, shown: bool = True, alive: Callable[[], None] = lambda: None):
+        self.alive = alive
         self.console = Console(quiet=not shown, highlight=False, soft_wrap=True)
         self._progress: Progress | None = None
         self._task: TaskID | None = None
@@ -48,6 +53,7 @@ class Display:
 
     def advance(self, count: int = 1, facts: str = "") -> None:
         """Move the live line on; where the console is no terminal, print a plain one now and then."""
+        self.alive()
         if self._progress is None or self._task is None:
             return
         self._progress.update(self._task, advance=count, facts=facts)
