@@ -100,6 +100,7 @@ class Ranks:
             process.communicate()
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_named_with_its_step_its_phase_and_every_stack(posttrain):
     with Ranks(posttrain, "sleeps", 2, trainer__hang_timeout_seconds=3) as ranks:
         said, silent = ranks.ends(0, 3), ranks.ends(1, 3)
@@ -113,6 +114,7 @@ def test_a_rank_that_hangs_is_named_with_its_step_its_phase_and_every_stack(post
     assert (state["status"], state["step"]) == ("failed", 2)
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_stopped_is_named_by_another(posttrain):
     with Ranks(posttrain, "stops", 2, trainer__hang_timeout_seconds=3) as ranks:
         said = ranks.ends(0, 3)
@@ -121,6 +123,7 @@ def test_a_rank_that_is_stopped_is_named_by_another(posttrain):
     assert "=== rank 1: does not answer" in (ranks.run / "hang.txt").read_text()
 
 
+@pytest.mark.slow
 def test_rank_0_is_named_when_it_is_stopped_though_it_keeps_what_the_ranks_tell_each_other(posttrain):
     posttrain.environment["FAULTY_RANK"] = "0"
     with Ranks(posttrain, "stops", 2, trainer__hang_timeout_seconds=3) as ranks:
@@ -129,6 +132,7 @@ def test_rank_0_is_named_when_it_is_stopped_though_it_keeps_what_the_ranks_tell_
     assert json.loads((ranks.run / "run.json").read_text())["status"] == "failed"
 
 
+@pytest.mark.slow
 def test_one_process_alone_is_watched_too_and_a_pause_is_no_hang(posttrain):
     with Ranks(posttrain, "is_paused_then_sleeps", 1, trainer__hang_timeout_seconds=3) as ranks:
         said = ranks.ends(0, 3)
@@ -136,6 +140,7 @@ def test_one_process_alone_is_watched_too_and_a_pause_is_no_hang(posttrain):
     assert "time.sleep(1000)" in (ranks.run / "hang.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_alone_says_why(posttrain):
     with Ranks(posttrain, "breaks", 2) as ranks:
         assert "rank 1: ValueError: a shard is broken" in ranks.ends(1, 3)
@@ -151,6 +156,7 @@ def test_preparing_rows_shows_its_progress_chunk_by_chunk(tiny, tmp_path, monkey
     assert signs == ["preparing rows"] * 4
 
 
+@pytest.mark.slow
 def test_long_work_that_shows_progress_is_no_hang_and_a_slow_rank_is_measured(posttrain):
     options = {"trainer__hang_timeout_seconds": 4, "trainer__total_training_steps": 24}
     with Ranks(posttrain, "is_slow", 2, **options) as ranks:
@@ -164,6 +170,7 @@ def test_long_work_that_shows_progress_is_no_hang_and_a_slow_rank_is_measured(po
     assert said.count("rank 1 holds up the others") == 1
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_is_named(posttrain):
     options = posttrain.sft_options("run", trainer__n_gpus_per_node=2, trainer__total_training_steps=2000)
     launcher = subprocess.Popen(
