@@ -247,7 +247,12 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    sys.exit(_exit_code(lambda: app(standalone_mode=False)))
+    code = _exit_code(lambda: app(standalone_mode=False))
+    if code and "RANK" in os.environ:  # threads of a group that broke can abort the interpreter's own end
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _exit_code(command: Callable[[], object]) -> int:
