@@ -1,12 +1,16 @@
 """Adapters: peft's own format in and out, merged exactly, nothing else moves."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import forked
+from conftest import Command, records
 from posttrain.config.schema import EngineOptions, ModelOptions, OptimOptions
 from posttrain.engine.build import build_engine
 from posttrain.engine.check import check_export, probe
@@ -143,3 +147,46 @@ def test_an_export_that_is_not_what_was_trained_is_noticed(models, tmp_path):
     AutoModelForCausalLM.from_pretrained(models / "qwen2").save_pretrained(tmp_path / "base given back")
     with pytest.raises(RunError, match="not what was trained"):
         check_export(engine, tmp_path / "base given back", exact=True)
+
+
+def lora_run(tiny, folder, size, **options) -> str:
+    """What a run of six steps said; saved after three."""
+    given = {"model__lora_rank": 4, "trainer__total_training_steps": 6, "trainer__save_freq": 3, "optim__lr": 1e-2}
+    arguments = Command(tiny, folder.parent).sft_options(str(folder), **given | options)
+    said = folder.with_suffix(".txt")
+    group = forked.start(forked.sft, size, arguments, said=said)
+    codes = group.wait()
+    assert set(codes) in ({0}, {2}), group.output()
+    return said.read_text()
+
+
+@pytest.mark.slow
+def test_a_run_with_adapters_leaves_them_in_every_checkpoint_and_goes_on_beside_the_same_base_only(tiny, tmp_path):
+    forked.start_server()
+    one, two = tmp_path / "one", tmp_path / "two"
+    lora_run(tiny, one, 1)
+    lora_run(tiny, two, 2, engine__ulysses_sequence_parallel_size=2)
+    losses = [[r["loss"] for r in records(run)] for run in (one, two)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and losses[0][-1] < losses[0][0]
+    tokens = [[r["num_tokens"] for r in records(run)] for run in (one, two)]
+    assert tokens[0] == tokens[1]
+
+    base = AutoModelForCausalLM.from_pretrained(tiny / "model")
+    merged = load_file(one / "checkpoint-final" / "model.safetensors")
+    by_peft = PeftModel.from_pretrained(base, one / "checkpoint-final" / "adapter").merge_and_unload().state_dict()
+    assert all(torch.allclose(weight, by_peft[name], atol=1e-5) for name, weight in merged.items())
+    adapter = load_file(one / "checkpoint-6" / "adapter" / "adapter_model.safetensors")
+    assert sum(w.numel() for w in adapter.values()) < sum(w.numel() for w in merged.values()) / 4
+    size = sum(file.stat().st_size for file in (one / "checkpoint-6").rglob("*"))
+    assert size < sum(4 * w.numel() for w in merged.values()) / 3, "frozen weights were saved"
+
+    other = tmp_path / "other"
+    shutil.copytree(tiny / "model", other)
+    file = other / "model.safetensors"
+    changed = {name: weight * 1.01 for name, weight in load_file(file).items()}
+    save_file(changed, file, metadata={"format": "pt"})
+    for name in ("checkpoint-6", "checkpoint-final"):
+        shutil.rmtree(one / name)
+    assert "holds an adapter for" in lora_run(tiny, one, 1, model__path=other)
+    assert "resumed from" in lora_run(tiny, one, 1)
+    assert [r["loss"] for r in records(one)] == losses[0]
