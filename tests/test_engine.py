@@ -1,5 +1,7 @@
 """The loss and its gradients do not depend on the layout: packed, padded, one by one, any split."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -79,6 +81,38 @@ def test_gradient_checkpointing_computes_each_block_again():
     engine.policy.blocks[1].self_attn.register_forward_hook(lambda *_: calls.append(1))
     engine.forward_backward(packed(random_samples(3)), sft_loss)
     assert len(calls) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="compiling for the CPU needs g++")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_blocks_compute_the_same_and_are_compiled_once_for_rows_of_any_length(checkpointing):
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    engine = make_engine(tiny_lm(), compiled=True, checkpointing=checkpointing)
+    num_graphs = []
+    for seed in range(5):
+        batch = packed(random_samples(3 + 2 * seed, seed=seed), max_tokens=100)
+        expected_loss, expected = step(tiny_lm(), batch)
+        assert float(engine.forward_backward(batch, sft_loss).loss) == pytest.approx(expected_loss, rel=LOSS_GAP)
+        assert worst_gap(gradients(engine), expected) < GRADIENT_GAP
+        clear(engine)
+        num_graphs.append(counters["stats"]["unique_graphs"])
+    assert num_graphs[0] > 0 and set(num_graphs) == {num_graphs[0]}, num_graphs
+    assert not counters["recompiles"]
+
+
+def test_moments_and_weights_that_live_elsewhere_move_alike():
+    whole, streaming = make_engine(tiny_lm()), make_engine(tiny_lm())
+    streaming.optimizer.streams = True  # as where the device has memory of its own
+    for seed in range(4):
+        for engine in (whole, streaming):
+            engine.forward_backward(packed(random_samples(5, seed=seed)), sft_loss)
+            engine.optim_step()
+    expected = dict(whole.named_weights())
+    assert all(torch.equal(weight, expected[name]) for name, weight in streaming.named_weights())
 
 
 def test_a_filler_without_rows_changes_nothing():

@@ -49,11 +49,19 @@ def alone() -> World:
 
 
 def make_engine(
-    lm, world: World | None = None, *, packing: bool = True, checkpointing: bool = False, **optim
+    lm,
+    world: World | None = None,
+    *,
+    packing: bool = True,
+    checkpointing: bool = False,
+    compiled: bool = False,
+    **optim,
 ) -> Engine:
     world = world or alone()
     every = 1 if checkpointing else None
-    policy = prepare(Policy(lm, packing), world, torch.float32, EngineOptions(), recompute_every=every)
+    policy = prepare(
+        Policy(lm, packing), world, torch.float32, EngineOptions(), recompute_every=every, compile_blocks=compiled
+    )
     engine = Engine(policy, world, partial(_optimizer, optim))
     check_engine(engine, torch.float32)
     return engine

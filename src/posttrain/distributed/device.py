@@ -128,6 +128,12 @@ class Device:
         allocated = getattr(self._module, "max_memory_allocated", None)
         return allocated(self.torch_device) / 2**30 if allocated else None
 
+    def reset_peak_memory(self) -> None:
+        """Begin to count the peak anew, where the device can."""
+        reset = getattr(self._module, "reset_peak_memory_stats", None) if self.type != HOST else None
+        if reset:
+            reset(self.torch_device)
+
     def synchronize(self) -> None:
         """Wait for what was dispatched to this device."""
         if self.type != HOST:

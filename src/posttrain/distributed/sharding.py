@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -14,6 +18,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.utils.checkpoint import checkpoint
 
 from posttrain.config.schema import EngineOptions
 from posttrain.distributed.world import World
@@ -36,12 +41,13 @@ def prepare(
     On a mesh FSDP2 shards weights, gradients and optimizer states block by block. Gradients are summed over processes, not
     averaged: the loss is divided by its number of tokens already.
     """
-    if recompute_every is not None:
-        _recompute(policy, recompute_every)
+    for number, block in enumerate(policy.blocks):
+        forward = torch.compile(block.forward, dynamic=True) if compile_blocks else block.forward
+        if recompute_every is not None and number % recompute_every == 0:
+            forward = partial(_recomputed, block, forward)
+        block.forward = forward
     if compile_blocks:
         leave_uncompiled()
-        for block in policy.blocks:
-            block.compile(dynamic=True)
     if world.mesh is None:
         policy.to(world.device.torch_device)
         policy.lm.tie_weights()  # where a device's tensors cannot take the place of the CPU's, `to` makes one of each name
@@ -131,10 +137,8 @@ def at_rest(policy: Policy) -> None:
         policy.reshard()
 
 
-def _recompute(policy: Policy, every: int) -> None:
-    lm = policy.lm  # transformers renames the method from 5.23 on
-    enable = getattr(lm, "activation_checkpointing_enable", lm.gradient_checkpointing_enable)
-    enable({"use_reentrant": False})
-    for number, block in enumerate(policy.blocks):
-        if number % every:
-            block.gradient_checkpointing = False  # type: ignore[assignment]
+def _recomputed(block: nn.Module, forward: Callable[..., Tensor], *inputs: Any, **options: Any) -> Any:
+    """The block's output, from its inputs again in the backward pass. Around what is compiled, which could not hold it."""
+    if not block.training:
+        return forward(*inputs, **options)
+    return checkpoint(forward, *inputs, use_reentrant=False, **options)
