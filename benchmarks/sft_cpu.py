@@ -77,8 +77,13 @@ def posttrain(setting: Setting) -> list[str]:
     return [sys.executable, "-m", "posttrain", "sft", *(f"{key}={value}" for key, value in options.items())]
 
 
+def compiled(setting: Setting) -> list[str]:
+    return [*posttrain(setting), "model.torch_compile=true"]
+
+
 CONTESTANTS: dict[str, Callable[[Setting], list[str]]] = {
     "posttrain": posttrain,
+    "posttrain compiled": compiled,
     "plain packed loop": module("plain"),
     **{f"trl {mode}": module("trl_modes", mode) for mode in TRL},
     "trl given-labels": module("trl_modes", "given-labels"),

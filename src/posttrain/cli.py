@@ -318,7 +318,7 @@ def _resolve(options: list[str] | None, given: dict[str, str | None], model: str
     flags = [f"{key}={value!r}" for key, value in given.items() if value is not None]
     if run:  # its export holds weights, tokenizer and template, whatever it began from
         flags += ["~model.random_weights", "~model.override_config", "~model.tokenizer_path", "~model.revision"]
-        flags += ["~data.chat_template"]
+        flags += ["~data.chat_template", "~model.lora_rank", "~model.lora_adapter_path"]
     here = ["~trainer.nnodes", "~trainer.rdzv_endpoint", "~trainer.max_restarts"] if run else []  # not where it trained
     return compose([*saved, *here, *(options or []), *flags])
 

@@ -3,9 +3,11 @@
 The main thread says what it begins; a thread beside it sees whether any process of the run still makes progress. The
 processes tell each other so through a connection of their own to the run's TCPStore, whose keys are
 
-    beats    signs of life of all processes together     last/<rank>    the place where a process was last
-    alarm    above 0 when a process saw the run hang     report/<rank>  what a process says of itself then
+    alarms   goes up when a process saw the run hang     last/<rank>    the place where a process was last
+    beats    signs of life of all processes together     report/<rank>  what a process says of itself then
     speaker  who adds 1 first, speaks for all            said           there when it has spoken
+
+All but the first stand under the number of alarms there were before: a launcher may keep the store when it starts workers again.
 """
 
 from __future__ import annotations
@@ -113,7 +115,7 @@ class Watchdog:
                 count = self._num_beats
                 self._num_beats_of_all, told = store.add("beats", count - told), count
                 store.set(f"last/{self.rank}", json.dumps(asdict(self.place)))
-                self._alarm = store.add("alarm", 0) > 0
+                self._alarm = self._alarms.add("alarms", 0) > self._alarms_before
                 self._heard_at = time.monotonic()
         except RuntimeError:  # its keeper has ended: as it should at the end of a run, else _watch finds out
             return
@@ -122,7 +124,10 @@ class Watchdog:
         """A connection of this thread alone; the one of the process group may be busy for as long as a collective."""
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         patience = timedelta(seconds=PATIENCE * self.timeout_seconds)
-        return PrefixStore("watchdog", TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=patience))
+        store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=patience)
+        self._alarms = PrefixStore("watchdog", store)
+        self._alarms_before = self._alarms.add("alarms", 0)
+        return PrefixStore(f"watchdog/{self._alarms_before}", store)
 
     def _end_the_run(self, own_silence: float) -> None:
         # whatever blocks from here on, such as a dead disk under the run folder, this process ends
@@ -154,7 +159,7 @@ class Watchdog:
             self._speak({self.rank: own}, {}, lost)
             return
         store.set(f"report/{self.rank}", json.dumps(asdict(own)))
-        store.add("alarm", 1)
+        self._alarms.add("alarms", 1)
         if self.rank and self._appears(["said"], 2 * self._answer_seconds):
             return
         if store.add("speaker", 1) > 1:

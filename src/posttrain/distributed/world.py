@@ -142,8 +142,14 @@ def join_world(
     if size == 1 and dtype == torch.float32 and not layout.param_offload:
         yield World(device, watchdog=watchdog)
         return
-    alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
-    dist.init_process_group(device.backend, timeout=COLLECTIVE_TIMEOUT, device_id=device.group_device, **alone)
+    dist.init_process_group(
+        device.backend,
+        store=_store(size),
+        rank=int(os.environ["RANK"]) if size > 1 else 0,
+        world_size=size,
+        timeout=COLLECTIVE_TIMEOUT,
+        device_id=device.group_device,
+    )
     try:
         if shard_size == size:
             mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
@@ -156,6 +162,19 @@ def join_world(
         dist.barrier()  # nobody leaves while another still talks
     finally:
         dist.destroy_process_group()
+
+
+def _store(size: int) -> dist.Store:
+    """Where the processes leave their addresses for each other.
+
+    torchrun keeps its store when it starts workers again, with the addresses of those that are gone (pytorch issue
+    135712): on one machine, whose workers all know the number of the restart, each restart gets names of its own.
+    """
+    if size == 1:
+        return dist.HashStore()
+    store, _, _ = next(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
+    on_one_machine = os.environ.get("GROUP_WORLD_SIZE") == "1"
+    return dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0) if on_one_machine else 0}", store)
 
 
 def _checked_sizes(layout: EngineOptions, size: int) -> int:
