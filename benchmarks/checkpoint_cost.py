@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from posttrain.config.schema import OptimOptions
+from posttrain.config.schema import EngineOptions, OptimOptions
 from posttrain.data.batches import pack
 from posttrain.distributed.device import choose_device
 from posttrain.distributed.sharding import prepare
@@ -48,8 +48,8 @@ def build() -> Engine:
     torch.manual_seed(0)
     world = World(choose_device("cpu"))
     policy = Policy(AutoModelForCausalLM.from_config(Qwen2Config(**SHAPE), dtype=torch.float32), packing=True)
-    policy = prepare(policy, world, torch.float32, gradient_checkpointing=False)
-    return Engine(policy, world, partial(make_optimizer, OptimOptions(), 10_000))
+    policy = prepare(policy, world, torch.float32, EngineOptions())
+    return Engine(policy, world, partial(make_optimizer, OptimOptions(), EngineOptions(), 10_000))
 
 
 def turn(kind: str, engine: Engine, checkpoints: Checkpoints, sample: Sample, steps: int) -> tuple[float, float]:

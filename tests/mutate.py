@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+
+import forked
 
 SOURCE = Path(__file__).parents[1] / "src"
 SIZE = 2
@@ -165,9 +166,8 @@ def differences(found: dict, expected: dict) -> list[str]:
     return said
 
 
-def worker(rank: int, copies: list[Path], first_port: int, models: Path, results: Path) -> None:
+def worker(rank: int, size: int, copies: list[Path], first_port: int, models: Path, results: Path) -> None:
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(SIZE), "MASTER_ADDR": "localhost"}
     path = list(sys.path)
     for number, copy in enumerate(copies):
         for name in [name for name in sys.modules if name.split(".")[0] in ("posttrain", "tiny", "test_layouts")]:
@@ -206,7 +206,9 @@ def test_the_comparison_of_layouts_lets_no_mutation_live(models, tmp_path):
         torch.save(quick_work(plain(layout), alone(), models), tmp_path / f"expected-{number}.pt")
     copies = [SOURCE, *(mutate(tmp_path, mutation) for mutation in MUTATIONS)]
     ports = free_ports(20 * (len(quick_layouts()) + 1))
-    mp.spawn(worker, (copies, ports, models, tmp_path), nprocs=SIZE)
+    forked.start_server()
+    group = forked.start(worker, SIZE, copies, ports, models, tmp_path, said=tmp_path / "said")
+    assert group.wait(600) == [0] * SIZE, group.output()
     untouched, *mutants = (torch.load(tmp_path / f"{number}.said.pt") for number in range(len(copies)))
     assert untouched == [], f"the code as it stands differs: {untouched}"
     alive = [mutation.what for mutation, said in zip(MUTATIONS, mutants, strict=True) if not said]

@@ -389,6 +389,7 @@ def test_all_problems_are_told_at_once():
         (["trainer.project_name=x"], "trainer.project_name"),
         (["trainer.rdzv_endpoint=node1:29500"], "trainer.rdzv_endpoint"),
         (["model.path=.", "model.revision=main"], "model.revision"),
+        (["data.packing=false", "data.max_tokens_per_gpu=9"], "data.max_tokens_per_gpu"),
         (["model.gradient_checkpointing_every=2"], "model.gradient_checkpointing_every"),
         (["model.lora_dropout=0.1"], "model.lora_dropout"),
         (["model.lora_adapter_path=.", "model.lora_rank=8"], "model.lora_rank"),

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from posttrain.losses import vocabulary
 from posttrain.losses.sft import sft_loss
 from posttrain.losses.vocabulary import Head, token_logprobs
 
@@ -31,12 +30,11 @@ def tensors(bias=False):
 @pytest.mark.parametrize("known", [True, False], ids=["known slope", "slope from autograd"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.5, None), (1.0, 5.0), (0.5, 5.0)])
-def test_chunked_logprobs_and_gradients_equal_plain_logits(known, bias, scale, softcap, monkeypatch):
-    monkeypatch.setattr(vocabulary, "LOGITS_A_CHUNK", V * 16)  # several chunks, the last one short
+def test_chunked_logprobs_and_gradients_equal_plain_logits(known, bias, scale, softcap):
     hidden, weight, bias, labels, weights = tensors(bias)
     inputs = [x for x in (hidden, weight, bias) if x is not None]
     total = weights.sum()
-    head = Head(weight, bias, scale, softcap)
+    head = Head(weight, bias, scale, softcap, logits_a_chunk=V * 16)  # several chunks, the last one short
 
     expected = plain_logprobs(hidden, head, labels)
     expected_gradients = torch.autograd.grad(sft_loss.value(expected, weights, total), inputs)

@@ -50,6 +50,9 @@ def _of_adapters(config: Config) -> Iterator[tuple[str, str]]:
 
 def _of_model_and_data(config: Config) -> Iterator[tuple[str, str]]:
     model, data = config.model, config.data
+    if not data.packing:
+        for option in ("micro_batch_size_per_gpu", "max_tokens_per_gpu"):
+            yield f"data.{option}", "data.packing=false runs rows one by one"
     if not model.enable_gradient_checkpointing:
         yield "model.gradient_checkpointing_every", "model.enable_gradient_checkpointing is false"
     if model.path and Path(model.path).is_dir():

@@ -166,7 +166,7 @@ class DataOptions(Section):
 
 
 class EngineOptions(Section):
-    """How one model is laid over several processes. Nothing here changes the result."""
+    """How one model is laid over several processes. Nothing here changes the result, but for the noise of dropout."""
 
     fsdp_size: PositiveInt | None = None
     """Processes that share one copy of the weights; further processes hold copies of it (hybrid sharding). Not given: all

@@ -25,18 +25,21 @@ class BroadcastWeights:
         no file holds."""
         self._world, self._dtype = world, dtype
         self._state: dict[str, Tensor] = {}
-        self.tables = world.on_main(lambda: self._keep(load()))
+        self.tables, self._others = world.on_main(lambda: self._keep(load()))
 
     def read(self, name: str, shape: tuple[int, ...], part: Part) -> Tensor:
         device = self._world.device.torch_device
+        dtype = self._others.get(name, self._dtype)
         if self._world.is_main:
-            whole = self._state[name].to(device, self._dtype).contiguous()
+            whole = self._state[name].to(device, dtype).contiguous()
         else:
-            whole = torch.empty(shape, dtype=self._dtype, device=device)
+            whole = torch.empty(shape, dtype=dtype, device=device)
         if self._world.size > 1:
             dist.broadcast(whole, 0)
         return whole[part]
 
-    def _keep(self, model: Any) -> dict[str, Tensor]:
+    def _keep(self, model: Any) -> tuple[dict[str, Tensor], dict[str, torch.dtype]]:
+        """The buffers that no file holds, and the number formats of those that files hold, which stay as they are."""
         self._state = model.state_dict()
-        return tables(model)
+        buffers = {name: buffer.dtype for name, buffer in model.named_buffers() if name in self._state}
+        return tables(model), buffers

@@ -27,6 +27,9 @@ PLUGINS = {"npu": "torch_npu"}
 # dense bfloat16 peak in FLOP/s, from the makers' data sheets, by a part of the device's name
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12,
               "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}  # fmt: skip
+# of the vocabulary at a time: a chunk stays in a CPU's cache, and keeps an accelerator busy
+LOGITS_A_CHUNK = {HOST: 2**23}
+LOGITS_A_CHUNK_ELSEWHERE = 2**27
 TOKENS_A_MICRO_BATCH = {HOST: 4096}
 TOKENS_A_MICRO_BATCH_ELSEWHERE = 16384
 
@@ -69,9 +72,16 @@ class Device:
         return dist.get_default_backend_for_device(HOST)
 
     @property
-    def group_device(self) -> torch.device | None:
-        """What a process group is bound to, so that it need not guess the device of this process."""
-        return None if self.type == HOST else self.torch_device
+    def group_backends(self) -> str:
+        """Of a process group that sums what is on the device and what is in the host's memory."""
+        if self.type == HOST:
+            return self.backend
+        return f"{HOST}:{self.host_backend},{self.type}:{self.backend}"
+
+    def enter_thread(self) -> None:
+        """Make this the device of the thread that calls: each begins with the first one of the machine."""
+        if self.has_own_memory:
+            torch.accelerator.set_device_index(self.torch_device)
 
     @property
     def sum_dtype(self) -> torch.dtype:
@@ -179,6 +189,11 @@ def choose_device(wanted: str = "auto") -> Device:
 def has_varlen_attention(device: torch.device) -> bool:
     """Whether torch.nn.attention.varlen, flash attention over packed rows, runs there: on CUDA from A100 on."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def logits_a_chunk(device: torch.device) -> int:
+    """How many logits of the vocabulary are held at the same time."""
+    return LOGITS_A_CHUNK.get(device.type, LOGITS_A_CHUNK_ELSEWHERE)
 
 
 def measured_matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:

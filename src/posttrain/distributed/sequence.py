@@ -10,6 +10,7 @@ result back. Source: Jacobs et al. 2023, DeepSpeed Ulysses.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -29,13 +30,13 @@ class Sequence:
     size: int
 
     @classmethod
-    def of(cls, size: int) -> Sequence | None:
+    def of(cls, size: int, timeout: timedelta) -> Sequence | None:
         """Groups of `size` neighbours in the order of ranks; None for one. Every process must call this."""
         if size == 1:
             return None
         world, rank = dist.get_world_size(), dist.get_rank()
         group, _ = dist.new_subgroups_by_enumeration(
-            [list(range(first, first + size)) for first in range(0, world, size)]
+            [list(range(first, first + size)) for first in range(0, world, size)], timeout=timeout
         )
         return cls(group, rank % size, size)
 

@@ -133,8 +133,9 @@ def _whole(tensor: Tensor) -> Part:
 
 def at_rest(policy: Policy) -> None:
     """Give back the whole weights that a forward pass without a backward pass leaves gathered."""
-    if isinstance(policy, FSDPModule):
-        policy.reshard()
+    for module in policy.modules():  # the call for the whole acts on its own weights alone
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _recomputed(block: nn.Module, forward: Callable[..., Tensor], *inputs: Any, **options: Any) -> Any:

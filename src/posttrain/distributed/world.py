@@ -130,25 +130,25 @@ def join_world(
     dtype: torch.dtype = torch.float32,
     layout: EngineOptions | None = None,
     watchdog: Watchdog | None = None,
+    kept_dtype: torch.dtype = torch.float32,
 ) -> Iterator[World]:
     """This process among the others that the launcher started; alone without one.
 
-    One process has a mesh too where FSDP2 does something for it: keep float32 weights while it computes in `dtype`, or keep
-    them on another device. Raises InputError where the processes cannot be laid out as asked.
+    One process has a mesh too where FSDP2 does something for it: keep weights in `kept_dtype` while it computes in `dtype`, or
+    keep them on another device. Raises InputError where the processes cannot be laid out as asked.
     """
     layout, watchdog = layout or EngineOptions(), watchdog or Watchdog()
     size = world_size_wanted()
     shard_size = _checked_sizes(layout, size)
-    if size == 1 and dtype == torch.float32 and not layout.param_offload:
+    if size == 1 and dtype == kept_dtype and not layout.param_offload:
         yield World(device, watchdog=watchdog)
         return
     dist.init_process_group(
-        device.backend,
+        device.group_backends,
         store=_store(size),
         rank=int(os.environ["RANK"]) if size > 1 else 0,
         world_size=size,
         timeout=COLLECTIVE_TIMEOUT,
-        device_id=device.group_device,
     )
     try:
         if shard_size == size:
@@ -157,9 +157,11 @@ def join_world(
             mesh = init_device_mesh(
                 device.type, (size // shard_size, shard_size), mesh_dim_names=("replicate", "shard")
             )
-        sequence = Sequence.of(layout.ulysses_sequence_parallel_size)
+        sequence = Sequence.of(layout.ulysses_sequence_parallel_size, COLLECTIVE_TIMEOUT)
         yield World(device, dist.get_rank(), size, mesh, sequence, watchdog)
-        dist.barrier()  # nobody leaves while another still talks
+        # nobody leaves while another still talks; a barrier would guess the device of this process
+        dist.all_reduce(torch.zeros((), device=device.torch_device))
+        device.synchronize()
     finally:
         dist.destroy_process_group()
 

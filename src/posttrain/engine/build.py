@@ -58,6 +58,11 @@ def build_engine(
     return engine
 
 
+def kept_dtype(model: ModelOptions) -> torch.dtype:
+    """The number format of trained weights between steps."""
+    return getattr(torch, model.weights_dtype)
+
+
 def check_layout(model: ModelOptions, layout: EngineOptions, packing: bool) -> None:
     """Raise InputError for what cannot work together, before anything large is loaded."""
     size = layout.ulysses_sequence_parallel_size
@@ -94,7 +99,7 @@ def make_optimizer(optim: OptimOptions, layout: EngineOptions, num_steps: int, p
 def _source(model: ModelOptions) -> dict[str, Any]:
     return {
         "path": find_model(model.path),
-        "dtype": getattr(torch, model.weights_dtype),
+        "dtype": kept_dtype(model),
         "override_config": model.override_config,
         "revision": model.revision,
         "trust": model.trust_remote_code,
@@ -110,9 +115,11 @@ def _empty(model: ModelOptions, world: World, seed: int) -> tuple[Any, Weights]:
     source = _source(model)
     lm, complete = empty_model(**source)
     if complete and not model.random_weights:
-        folder = world.on_main(lambda: weights_folder(source["path"], model.revision))
+        world.on_main(lambda: weights_folder(source["path"], model.revision))
+        folder = world.everyone(lambda: weights_folder(source["path"], model.revision))  # other machines have their own
         found = FileWeights.matching(folder, lm)
-        if found:
+        everywhere = all(world.gather(found is not None))
+        if found and everywhere:
             return lm, found
     handed = BroadcastWeights(world, partial(_whole, model, seed), source["dtype"])
     set_tables(lm, handed.tables)
@@ -121,4 +128,4 @@ def _empty(model: ModelOptions, world: World, seed: int) -> tuple[Any, Weights]:
 
 def _base_fingerprint(policy: Policy, world: World) -> str:
     frozen = ((name, local(p)) for name, p in policy.lm.named_parameters() if not p.requires_grad)
-    return fingerprint(frozen, world.sum_over_shards)
+    return fingerprint(frozen, lambda sums: world.sum_over_shards(sums.to(world.device.torch_device)))

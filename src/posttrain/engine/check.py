@@ -51,16 +51,16 @@ def check_engine(engine: Engine, dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def check_export(engine: Engine, folder: Path, exact: bool) -> None:
+def check_export(engine: Engine, folder: Path, exact: bool, trust: bool = False) -> None:
     """Load what was written as its users will and compare its log-probabilities with the engine's. Every process must call this.
 
-    `exact`: both compute in float32. Raises RunError where they differ, as when adapters were not merged.
+    `exact`: both compute in float32. `trust`: code that came with the model may run. Raises RunError where they differ, as when adapters were not merged.
     """
     row = probe(len(engine.policy.head().weight_VD))
     (ours_T,) = engine.forward([row])
 
     def compare() -> None:
-        model = load_model(str(folder), dtype=torch.float32 if exact else torch.bfloat16).eval()
+        model = load_model(str(folder), dtype=torch.float32 if exact else torch.bfloat16, trust=trust).eval()
         ids_T, labels_T1 = torch.from_numpy(row.ids_T), torch.from_numpy(np.maximum(row.labels_T, 0))[:, None]
         logits = [model(input_ids=ids[None], use_cache=False).logits[0] for ids in ids_T.split(PROBE_LENGTHS)]
         theirs_T = torch.cat(logits).float().log_softmax(-1).gather(1, labels_T1)[:, 0].numpy()

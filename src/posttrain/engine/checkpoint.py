@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
@@ -51,7 +52,9 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int | None, world: World):
         self.folder, self.keep, self.world = folder, keep, world
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._thread = ThreadPoolExecutor(
+            max_workers=1, thread_name_prefix="checkpoint", initializer=world.device.enter_thread
+        )
         self._group: dist.ProcessGroup | None = None
         self._writing: Future[None] | None = None
         # torch remarks that one process is not distributed, which is meant so; the thread needs the filter to stay
@@ -96,6 +99,8 @@ class Checkpoints:
         progress = read_progress(path)
         try:
             dcp.load(engine.state(), checkpoint_id=path / "state", no_dist=engine.world.mesh is None)
+        except (torch.OutOfMemoryError, dist.DistError):  # of this process or another, not of the files
+            raise
         except (CheckpointException, OSError, RuntimeError, ValueError) as error:
             raise InputError(
                 f"{path} cannot be loaded: {_cause(error)}. Delete this folder to resume from the one before it."

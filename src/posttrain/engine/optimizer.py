@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -49,18 +50,23 @@ class AdamW:
         self.world, self.rate, self.clip_grad = world, rate, clip_grad
         self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
         self.parameters = {name: p for name, p in parameters if p.requires_grad}
-        device = world.device
-        home = device.host if offload else device.torch_device
         self.shards = {name: local(p.detach()) for name, p in self.parameters.items()}
-        self.moments = {
+        device = world.device.torch_device
+        self.home = world.device.host if offload else device
+        self.streams = self.home != device or any(shard.device != device for shard in self.shards.values())
+
+    @cached_property
+    def moments(self) -> dict[str, dict[str, Tensor]]:
+        """AdamW's averages and step counts by name; made when first needed, which evaluation never does."""
+        device = self.world.device
+        return {
             name: {
                 "step": torch.zeros((), dtype=torch.float32, device=device.torch_device),
-                "exp_avg": device.zeros_like(shard, home),
-                "exp_avg_sq": device.zeros_like(shard, home),
+                "exp_avg": device.zeros_like(shard, self.home),
+                "exp_avg_sq": device.zeros_like(shard, self.home),
             }
             for name, shard in self.shards.items()
         }
-        self.streams = home != device.torch_device or any(s.device != device.torch_device for s in self.shards.values())
 
     def step(self, step: int) -> StepReport:
         """Move the weights by the gradients gathered so far, at the rate of `step`, and clear them. All ranks call this."""

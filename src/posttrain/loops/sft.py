@@ -11,7 +11,7 @@ from posttrain.config.schema import Config
 from posttrain.distributed.device import choose_device
 from posttrain.distributed.watchdog import watching
 from posttrain.distributed.world import World, join_world
-from posttrain.engine.build import build_engine
+from posttrain.engine.build import build_engine, kept_dtype
 from posttrain.engine.engine import Engine
 from posttrain.loops.training_data import TrainingData, open_training_data
 from posttrain.loops.training_run import TrainingRun
@@ -29,7 +29,7 @@ def sft(config: Config, resolved_yaml: str, gradients_to: str | None = None) -> 
     dtype = device.compute_dtype(config.model.dtype)
     with (
         watching(config.trainer.hang_timeout_seconds) as watchdog,
-        join_world(device, dtype, config.engine, watchdog) as world,
+        join_world(device, dtype, config.engine, watchdog, kept_dtype(config.model)) as world,
         Display(world.is_main, watchdog.alive) as display,
         TrainingRun.open(config, resolved_yaml, world, display) as run,
     ):
@@ -75,7 +75,7 @@ def evaluate_loss(config: Config) -> dict[str, float]:
     dtype = device.compute_dtype(config.model.dtype)
     with (
         watching(config.trainer.hang_timeout_seconds) as watchdog,
-        join_world(device, dtype, config.engine, watchdog) as world,
+        join_world(device, dtype, config.engine, watchdog, kept_dtype(config.model)) as world,
         Display(world.is_main, watchdog.alive) as display,
     ):
         data = open_training_data(config, world, display)

@@ -108,7 +108,9 @@ def open_training_data(config: Config, world: World, display: Display) -> Traini
     max_tokens = data.max_tokens_per_gpu and data.max_tokens_per_gpu * sharing
     if max_tokens is None and data.micro_batch_size_per_gpu is None:
         max_tokens = max(world.device.default_max_tokens * sharing, data.max_length)
-    return TrainingData(train, val, val_sources, schedule, make_chat(), data.micro_batch_size_per_gpu, max_tokens)
+    # processes run the model as often as each other: unpacked, once for each row
+    max_rows = data.micro_batch_size_per_gpu if data.packing else 1
+    return TrainingData(train, val, val_sources, schedule, make_chat(), max_rows, max_tokens)
 
 
 def chat_maker(config: Config) -> partial[ChatTokenizer]:

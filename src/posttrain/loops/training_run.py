@@ -180,7 +180,8 @@ class TrainingRun:
         dtype = self._export(engine, "checkpoint-final")
         if engine.adapters:
             computed = self.world.device.compute_dtype(self.config.model.dtype)
-            check_export(engine, self.folder.path / "checkpoint-final", exact=dtype == computed == torch.float32)
+            exact = dtype == computed == torch.float32
+            check_export(engine, self.folder.path / "checkpoint-final", exact, self.config.model.trust_remote_code)
         self._write_state("finished")
         self._say_what_next()
 
@@ -209,8 +210,8 @@ class TrainingRun:
             )
         if found.model != self.progress.model:
             raise InputError(
-                f"{saved[-1]} holds another model than {self.config.model.path}. Use the same model.path, or another "
-                "trainer.default_local_dir."
+                f"{saved[-1]} holds another model than {self.config.model.path}, or other adapters (model.lora_rank, lora_alpha, "
+                "target_modules). Use the same, or another trainer.default_local_dir."
             )
         return saved[-1]
 

@@ -9,13 +9,11 @@ are made in that same pass; otherwise the backward pass computes each chunk agai
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-
-LOGITS_A_CHUNK = 2**23
 
 
 @dataclass(frozen=True)
@@ -26,6 +24,7 @@ class Head:
     bias_V: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+    logits_a_chunk: int = 2**23  # that are held at the same time
 
 
 def token_logprobs(hidden_TD: Tensor, head: Head, labels_T: Tensor, slope_T: Tensor | None = None) -> Tensor:
@@ -34,13 +33,13 @@ def token_logprobs(hidden_TD: Tensor, head: Head, labels_T: Tensor, slope_T: Ten
     `slope_T` is d(loss)/d(logprob), where that is known already; the backward pass then gives the gradients of that loss
     and ignores what flows into it, so the loss must be the one that the slope belongs to.
     """
-    return _TokenLogprobs.apply(hidden_TD, head.weight_VD, head.bias_V, labels_T, slope_T, head.scale, head.softcap)
+    return _TokenLogprobs.apply(hidden_TD, head.weight_VD, head.bias_V, labels_T, slope_T, head)
 
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_TD, weight_VD, bias_V, labels_T, slope_T, scale, softcap):
-        head = Head(weight_VD, bias_V, scale, softcap)
+    def forward(ctx: Any, hidden_TD, weight_VD, bias_V, labels_T, slope_T, head: Head):
+        head = replace(head, weight_VD=weight_VD, bias_V=bias_V)
         ctx.head, ctx.known = head, slope_T is not None
         if ctx.known and any(ctx.needs_input_grad[:3]):
             logprobs_T, *gradients = _with_gradients(hidden_TD, head, labels_T, slope_T, ctx.needs_input_grad[1])
@@ -57,11 +56,11 @@ class _TokenLogprobs(torch.autograd.Function):
             hidden_TD, labels_T = ctx.saved_tensors
             _, *gradients = _with_gradients(hidden_TD, ctx.head, labels_T, slope_T, ctx.needs_input_grad[1])
         hidden_grad_TD, weight_grad_VD, bias_grad_V = gradients
-        return hidden_grad_TD, weight_grad_VD, bias_grad_V if ctx.needs_input_grad[2] else None, None, None, None, None
+        return hidden_grad_TD, weight_grad_VD, bias_grad_V if ctx.needs_input_grad[2] else None, None, None, None
 
 
-def _chunks(num_tokens: int, vocabulary: int) -> list[slice]:
-    size = max(16, LOGITS_A_CHUNK // vocabulary)
+def _chunks(num_tokens: int, head: Head) -> list[slice]:
+    size = max(16, head.logits_a_chunk // len(head.weight_VD))
     return [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]
 
 
@@ -74,7 +73,7 @@ def _logits(hidden_CD: Tensor, head: Head) -> Tensor:
 
 def _without_gradients(hidden_TD: Tensor, head: Head, labels_T: Tensor) -> Tensor:
     logprobs_T = torch.empty(len(labels_T), dtype=torch.float32, device=hidden_TD.device)
-    for chunk in _chunks(len(labels_T), len(head.weight_VD)):
+    for chunk in _chunks(len(labels_T), head):
         logits_CV = _logits(hidden_TD[chunk], head)
         picked_C = logits_CV.gather(1, labels_T[chunk, None])[:, 0]
         logprobs_T[chunk] = picked_C - logits_CV.logsumexp(1)
@@ -89,7 +88,7 @@ def _with_gradients(
     hidden_grad_TD = torch.empty_like(hidden_TD)
     weight_grad_VD = torch.zeros_like(head.weight_VD, dtype=torch.float32) if of_weight else None
     bias_grad_V = torch.zeros(len(head.weight_VD), dtype=torch.float32, device=hidden_TD.device)
-    for chunk in _chunks(len(labels_T), len(head.weight_VD)):
+    for chunk in _chunks(len(labels_T), head):
         hidden_CD, labels_C1 = hidden_TD[chunk], labels_T[chunk, None]
         logits_CV = _logits(hidden_CD, head)
         log_total_C = logits_CV.logsumexp(1)

@@ -63,7 +63,9 @@ def packed_attention(
     if documents is None or s_aux is not None or attention_mask is not None:
         cause = "uses attention sinks" if s_aux is not None else "brings masks of its own or hides where documents end"
         raise InputError(f"{type(module).__name__} cannot attend over packed rows: it {cause}. Set data.packing=false.")
-    plain = not softcap and not dropout and query_1HTD.dtype != torch.float32
+    head_dim = query_1HTD.shape[-1]
+    fits = head_dim == value_1KTD.shape[-1] and head_dim % 8 == 0 and head_dim <= 256
+    plain = fits and not softcap and not dropout and query_1HTD.dtype != torch.float32
     attend = _varlen if plain and has_varlen_attention(query_1HTD.device) else _per_document
     sequence = documents.sequence
     if sequence is not None:

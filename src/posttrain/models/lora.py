@@ -26,6 +26,15 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 ADAPTER = "default"
+# settings of peft under which an adapter is more than two matrices beside a frozen one
+NOT_PLAIN = (
+    "use_dora",
+    "lora_bias",
+    "modules_to_save",
+    "trainable_token_indices",
+    "target_parameters",
+    "layer_replication",
+)
 ADAPTER_FOLDER = "adapter"  # of a checkpoint or an export
 BASE_LAYER = ".base_layer"
 _PREFIX = "base_model.model."  # of tensor names in peft's files
@@ -206,11 +215,7 @@ def _read_config(path: str) -> LoraConfig:
         config = PeftConfig.from_pretrained(path)
     except Exception as error:  # broken files raise errors of many libraries
         raise InputError(f"model.lora_adapter_path={path}: no adapter of peft can be read there: {error}") from None
-    unknown = [
-        name
-        for name in ("use_dora", "modules_to_save", "trainable_token_indices", "target_parameters")
-        if getattr(config, name, None)
-    ]
+    unknown = [name for name in NOT_PLAIN if getattr(config, name, None)]
     if not isinstance(config, LoraConfig) or config.bias != "none" or unknown:
         raise InputError(
             f"model.lora_adapter_path={path}: only plain LoRA can go on, without {', '.join(unknown) or 'biases or other methods'}."

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from posttrain.distributed.device import logits_a_chunk
 from posttrain.errors import InputError
 from posttrain.losses.vocabulary import Head, token_logprobs
 from posttrain.models.attention import PACKED, Documents
@@ -42,7 +43,8 @@ class Policy(nn.Module):
         layer, config = self.lm.get_output_embeddings(), self.lm.config
         scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
         softcap = getattr(config, "final_logit_softcapping", None)
-        return Head(layer.weight, getattr(layer, "bias", None), float(scale), softcap)
+        chunk = logits_a_chunk(layer.weight.device)
+        return Head(layer.weight, getattr(layer, "bias", None), float(scale), softcap, chunk)
 
     def reference_logprobs(self, ids_T: Tensor, labels_T: Tensor, lengths: list[int]) -> Tensor:
         """What transformers itself computes, with its plainest attention, one document at a time; for comparison."""
