@@ -104,7 +104,7 @@ def layouts(size: int) -> list[Layout]:
 def learns(layout: Layout, size: int) -> bool:
     """Whether a layout is followed over many steps: some of each kind are, to save time."""
     several_share = layout.sequence == min(2, size)
-    plainest = layout.fsdp_size is None and layout.sequence == 1
+    plainest = layout == Layout(lora=layout.lora)
     copies = layout.fsdp_size is not None and several_share
     return layout.family == "gemma2" or (layout.family == "qwen2" and (plainest or copies))
 
@@ -157,7 +157,7 @@ def one_step(engine: Engine, samples: list[Sample], limits: dict[str, int], loss
 
 def trajectory(layout: Layout, world: World, models: Path) -> dict:
     """Losses of 20 steps of AdamW, and the weights after 20 of gradient descent."""
-    limits = {"max_tokens": 60}
+    limits = {"max_tokens": 120}
     engine = build(layout, world, models)
     losses, norms = [], []
     for samples in TRAJECTORY:

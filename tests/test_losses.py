@@ -34,7 +34,9 @@ def test_chunked_logprobs_and_gradients_equal_plain_logits(known, bias, scale, s
     hidden, weight, bias, labels, weights = tensors(bias)
     inputs = [x for x in (hidden, weight, bias) if x is not None]
     total = weights.sum()
-    head = Head(weight, bias, scale, softcap, logits_a_chunk=V * 16)  # several chunks, the last one short
+    head = Head(
+        weight, bias, scale, softcap, logits_a_chunk=V * 16, least_tokens_a_chunk=16
+    )  # several chunks, the last one short
 
     expected = plain_logprobs(hidden, head, labels)
     expected_gradients = torch.autograd.grad(sft_loss.value(expected, weights, total), inputs)

@@ -24,7 +24,8 @@ class Head:
     bias_V: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
-    logits_a_chunk: int = 2**23  # that are held at the same time
+    logits_a_chunk: int = 2**23  # that are held at the same time,
+    least_tokens_a_chunk: int = 256  # if those are more
 
 
 def token_logprobs(hidden_TD: Tensor, head: Head, labels_T: Tensor, slope_T: Tensor | None = None) -> Tensor:
@@ -60,7 +61,8 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def _chunks(num_tokens: int, head: Head) -> list[slice]:
-    size = max(16, head.logits_a_chunk // len(head.weight_VD))
+    # each chunk reads and writes the whole gradient of the weight: with few tokens a chunk that would take the time
+    size = max(head.least_tokens_a_chunk, head.logits_a_chunk // len(head.weight_VD))
     return [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]
 
 
