@@ -65,8 +65,6 @@ def train(run: TrainingRun, engine: Engine, data: TrainingData, world: World) ->
             run.judge(engine, validate(engine, data, run.config))
         if run.due(run.config.trainer.save_freq, engine.step):
             run.save(engine)
-    if not run.stopping and run.last_judged != engine.step:
-        run.judge(engine, validate(engine, data, run.config))
 
 
 def evaluate_loss(config: Config) -> dict[str, float]:

@@ -43,7 +43,7 @@ class TrainingRun:
         self.metrics = Metrics(None)
         self.state = RunState(world_size=world.size, versions=library_versions())
         self.progress = Progress(step=0, best=None, best_step=None, stale_validations=0, data="", model="")
-        self.last_judged = self.last_saved = -1
+        self.last_saved = -1
         self._stopped_early = False
         self._stop_signal = 0  # that all processes have agreed on
         self._flags = torch.zeros(2, device=world.device.torch_device)
@@ -89,7 +89,7 @@ class TrainingRun:
         if self._found is not None:
             self.world.on_main(lambda: check_base(self._found, engine.adapters))
             self.progress = self.checkpoints.restore(engine, self._found)
-            self.last_judged = self.last_saved = engine.step
+            self.last_saved = engine.step
             self._stopped_early = self._stale()
             self.display.say(f"resumed from {self._found}: step {engine.step} of {self.state.total_steps}")
         self.state.step, self.state.best_step = engine.step, self.progress.best_step
@@ -144,7 +144,6 @@ class TrainingRun:
 
     def judge(self, engine: Engine, found: dict[str, float]) -> None:
         """Write a validation; keep the model if it is the best so far, and stop if there was none for long."""
-        self.last_judged = engine.step
         if found:
             self.metrics.write(engine.step, "val", found)
             better = self._compare(found[self.config.trainer.best_metric], engine.step)
