@@ -20,7 +20,7 @@ WARM = [
     "torch.distributed.tensor", "transformers.models.auto.modeling_auto", "transformers.models.qwen2.modeling_qwen2",
     "transformers.models.qwen2.tokenization_qwen2", "transformers.generation", "safetensors.torch", "pyarrow.parquet",
     "hydra.core.override_parser.overrides_parser", "omegaconf", "fsspec", "numpy.ma", "rich._emoji_codes",
-    "posttrain.cli", "posttrain.loops.sft", "posttrain.config.compose",
+    "posttrain.cli.app", "posttrain.loops.sft", "posttrain.config.compose",
 ]  # fmt: skip
 SECONDS = 120  # longer than anything here should ever take
 

@@ -1,0 +1,3 @@
+from posttrain.cli.app import main
+
+__all__ = ["main"]

@@ -1,0 +1,245 @@
+"""The subcommands but those of `data`, each a few lines, and what an error becomes. Options are checked before heavy imports."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from posttrain import __version__
+from posttrain.cli.begin import (
+    Model,
+    Overrides,
+    check_needed,
+    hand_to_processes,
+    home_of,
+    is_main,
+    print_json,
+    resolve,
+    say_ignored,
+)
+from posttrain.cli.data import data_app
+from posttrain.errors import InputError, RunError, RunStopped
+
+if TYPE_CHECKING:
+    from posttrain.config.compose import Resolved
+
+app = typer.Typer(
+    help="Teach language models after pretraining: fine-tune, evaluate, look at the data.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.add_typer(data_app, name="data")
+
+
+@app.command(context_settings={"help_option_names": []})
+def sft(
+    context: typer.Context,
+    options: Overrides = None,
+    model: Model = None,
+    data_path: Annotated[str | None, typer.Option("--data_path", help="Short for data.train_files=.")] = None,
+    output_dir: Annotated[
+        str | None, typer.Option("--output_dir", help="Short for trainer.default_local_dir=.")
+    ] = None,
+    eval_only: Annotated[bool, typer.Option("--eval_only", help="Print the validation loss of --checkpoint.")] = False,
+    print_config: Annotated[bool, typer.Option("--print_config", help="Print the resolved options and stop.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable output.")] = False,
+    dump_gradients: Annotated[
+        str | None, typer.Option("--dump_gradients", help="Write the first step's gradients there and stop.")
+    ] = None,
+    help_: Annotated[bool, typer.Option("--help", is_eager=True, help="Show this and every option.")] = False,
+) -> None:
+    """Fine-tune a chat model on conversations (supervised fine-tuning)."""
+    if help_:
+        _print_help(context)
+        return
+    given = {"model.path": model, "data.train_files": data_path, "trainer.default_local_dir": output_dir}
+    resolved = resolve(options, given, model if eval_only else None)
+    if print_config:
+        _print_config(resolved, as_json)
+        return
+    check_needed(resolved, needs_val=eval_only)
+    if hand_to_processes(resolved):
+        return
+    if not eval_only:
+        say_ignored(resolved)
+        from posttrain.loops.sft import sft as run
+
+        run(resolved.config, resolved.as_yaml(), dump_gradients)
+        return
+    from posttrain.loops.sft import evaluate_loss
+
+    found = evaluate_loss(resolved.config)
+    if is_main():
+        print_json(found) if as_json else print(*(f"{name}={value:.6g}" for name, value in found.items()))
+
+
+@app.command()
+def evaluate(
+    options: Overrides = None,
+    model: Model = None,
+    test_file: Annotated[list[str] | None, typer.Option("--test_file", help="Problems with known answers.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Answer only the first so many.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Where each answer is written (evaluation.jsonl).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable output.")] = False,
+) -> None:
+    """Answer problems and print the accuracy with its 95% interval."""
+    resolved = resolve(options, {"model.path": model}, model)
+    files = test_file or resolved.config.data.val_files
+    if not files:
+        raise InputError("Which problems? Give --test_file test.parquet.")
+    if hand_to_processes(resolved):
+        return
+    output = output or home_of(resolved) / "evaluation.jsonl"
+    from posttrain.loops.evaluate import evaluate as run
+
+    accuracy = run(resolved.config, files, output, limit)
+    if not is_main():
+        return
+    if as_json:
+        print_json({
+            "accuracy": accuracy.share, "low": accuracy.low, "high": accuracy.high,
+            "num_problems": accuracy.num_problems, "num_correct": accuracy.num_correct,
+            "num_unknown": accuracy.num_unknown,
+        })  # fmt: skip
+        return
+    unknown = f"; {accuracy.num_unknown} could not be judged" if accuracy.num_unknown else ""
+    print(f"accuracy {accuracy}{unknown}\neach answer with its verdict: {output}")
+
+
+@app.command()
+def generate(
+    options: Overrides = None,
+    model: Model = None,
+    prompts: Annotated[list[str] | None, typer.Option("--prompts", "--test_file", help="Rows to answer.")] = None,
+    num_samples: Annotated[int, typer.Option("--num_samples", min=1, help="How many to answer.")] = 100,
+    output: Annotated[Path | None, typer.Option(help="Where the samples are written.")] = None,
+    show: Annotated[int, typer.Option(help="How many to print as well.")] = 3,
+) -> None:
+    """Write a model's answers, to look at."""
+    resolved = resolve(options, {"model.path": model}, model)
+    data = resolved.config.data
+    files = prompts or data.val_files or data.train_files
+    if not files:
+        raise InputError("What shall it answer? Give --prompts FILE with the rows to answer.")
+    if hand_to_processes(resolved):
+        return
+    from posttrain.loops.evaluate import generate as run
+    from posttrain.run.folder import RunFolder
+
+    home = home_of(resolved)
+    state = RunFolder(home).read_state()
+    output = output or (home / "samples" / f"step-{state.step}.jsonl" if state else home / "samples.jsonl")
+    answers = run(resolved.config, files, output, num_samples)
+    if is_main():
+        for answer in answers[:show]:
+            print(f"--- {answer.conversation.messages[0].get('content')}\n{answer.completion.text}  [{answer.verdict}]")
+        print(f"{len(answers)} samples: {output}")
+
+
+@app.command()
+def quickstart(
+    folder: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("quickstart-run"),
+    seed: Annotated[int, typer.Option(help="Another one gives other problems and other first weights.")] = 0,
+) -> None:
+    """From nothing to a trained, evaluated model, on this machine alone, in a few minutes."""
+    from posttrain.quickstart.journey import quickstart as run
+
+    run(folder, seed)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """The entry point: turns what commands raise into one message and an exit code."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    code = _exit_code(lambda: app(standalone_mode=False))
+    if code and "RANK" in os.environ:  # threads of a group that broke can abort the interpreter's own end
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _exit_code(command: Callable[[], object]) -> int:
+    try:
+        result = command()
+        return result if isinstance(result, int) else 0
+    except (InputError, RunError) as error:
+        _complain(error)
+        return 2 if isinstance(error, InputError) else 3
+    except RunStopped as error:
+        _complain(error)
+        return 128 + error.signal_number
+    except typer.Exit as error:
+        return error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        _complain(RunError("Stopped before anything was saved."))
+        return 130
+    except Exception as error:
+        if hasattr(error, "show") and hasattr(error, "exit_code"):  # a wrong flag, as typer's own kind of error
+            error.show()
+            return error.exit_code
+        told = _tell_launcher(error)
+        if os.environ.get("POSTTRAIN_TRACEBACK"):
+            raise
+        if told:
+            return 3
+        _complain(
+            RunError(f"{type(error).__name__}: {error}\nSet POSTTRAIN_TRACEBACK=1 to see where."), of_any_rank=True
+        )
+        return 3
+
+
+def _complain(error: Exception, of_any_rank: bool = False) -> None:
+    """Print it; what all ranks have agreed on is said by the main one alone."""
+    if is_main():
+        print(error, file=sys.stderr)
+    elif of_any_rank:
+        print(f"rank {os.environ['RANK']}: {error}", file=sys.stderr)
+
+
+def _tell_launcher(error: Exception) -> bool:
+    """Leave the error for the launcher, which knows what failed first; True where it is ours and prints that."""
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        return False
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    get_error_handler().record_exception(error)
+    return os.environ.get("ROLE_NAME") == "posttrain"
+
+
+def _print_help(context: typer.Context) -> None:
+    from rich.console import Console
+
+    from posttrain.config.describe import describe_options
+
+    print(context.get_help())
+    Console(highlight=False).print(describe_options())
+
+
+def _print_config(resolved: Resolved, as_json: bool) -> None:
+    from rich.console import Console
+
+    print(resolved.as_json()) if as_json else Console(highlight=False).print(resolved)

@@ -1,0 +1,107 @@
+"""What commands share: options in force, what must be given, the processes that do the work, and printing."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from posttrain.errors import InputError
+
+if TYPE_CHECKING:
+    from posttrain.config.compose import Resolved
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[OPTION=VALUE | RECIPE.yaml]...", help="Options in Hydra's grammar, and recipe files."),
+]
+Model = Annotated[
+    str | None,
+    typer.Option("--model", "--model_path", "--checkpoint", help="A model folder, a run folder, or a hub name."),
+]
+
+
+def is_main() -> bool:
+    """Whether this process speaks for all: of workers the first, of Slurm's tasks the first."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
+def resolve(options: list[str] | None, given: dict[str, str | None], model: str | None) -> Resolved:
+    """The options in force: those of the run that `model` lies in, then the command line's, then the flags'."""
+    from posttrain.config.compose import compose
+    from posttrain.run.folder import find_run
+
+    run = find_run(model) if model else None
+    saved = [str(run / "config.yaml")] if run else []
+    flags = [f"{key}={value!r}" for key, value in given.items() if value is not None]
+    if run:  # its export holds weights, tokenizer and template, whatever it began from
+        flags += ["~model.random_weights", "~model.override_config", "~model.tokenizer_path", "~model.revision"]
+        flags += ["~data.chat_template", "~model.lora_rank", "~model.lora_adapter_path"]
+    here = ["~trainer.nnodes", "~trainer.rdzv_endpoint", "~trainer.max_restarts"] if run else []  # not where it trained
+    return compose([*saved, *here, *(options or []), *flags])
+
+
+def check_needed(resolved: Resolved, needs_val: bool) -> None:
+    """Raise InputError where something that a run needs is not named, or is not there."""
+    from posttrain.data.sources import find_sources
+    from posttrain.models.load import find_model
+
+    config = resolved.config
+    missing = [
+        option
+        for option, value in (
+            ("model.path", config.model.path),
+            ("data.train_files", config.data.train_files),
+            ("data.val_files", config.data.val_files or not needs_val),
+        )
+        if not value
+    ]
+    if missing:
+        raise InputError(
+            f"Missing: {', '.join(f'{option}=...' for option in missing)}. `posttrain sft --help` explains each."
+        )
+    find_model(config.model.path)
+    find_sources(config.data.train_files, "data.train_files")
+    if config.data.val_files:
+        find_sources(config.data.val_files, "data.val_files")
+
+
+def hand_to_processes(resolved: Resolved) -> bool:
+    """Start as many processes as the options ask for; True where they have done the work."""
+    from posttrain.launch.plan import Workers, plan_launch
+
+    plan = plan_launch(resolved.config.trainer, os.environ, at_terminal=sys.stdin is not None and sys.stdin.isatty())
+    if not isinstance(plan, Workers):
+        os.environ.update(plan)
+        return False
+    level = os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else torch dumps its stack when another node ends
+    from posttrain.launch.agent import run_workers
+
+    if level == "ERROR":
+        del os.environ["TORCH_CPP_LOG_LEVEL"]  # it is read at the import; workers may warn
+    code = run_workers(plan, sys.argv[1:])
+    if code:
+        raise typer.Exit(code)
+    return True
+
+
+def home_of(resolved: Resolved) -> Path:
+    """The run folder that the model belongs to, or the current folder."""
+    from posttrain.run.folder import find_run
+
+    return find_run(resolved.config.model.path or "") or Path()
+
+
+def say_ignored(resolved: Resolved) -> None:
+    if is_main():
+        for ignored in resolved.ignored:
+            print(f"no effect in this run: {ignored['key']}: {ignored['reason']}", file=sys.stderr)
+
+
+def print_json(value: object, indent: int | None = 2) -> None:
+    import json
+
+    print(json.dumps(value, indent=indent, ensure_ascii=False), flush=True)
