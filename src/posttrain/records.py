@@ -19,14 +19,31 @@ IGNORED_LABEL = -100
 
 @dataclass(frozen=True)
 class Conversation:
-    """One row as messages, in OpenAI's form, with what judging an answer needs.
+    """One row as messages, in OpenAI's form, with what rendering it and judging an answer need.
+
+    `messages` hold what the template is to see and nothing else. `weights`, if there are any, has one entry a message: how
+    much its tokens count, or None where the run's options decide. `template_kwargs` go to the chat template, over the run's.
 
     >>> Conversation([{"role": "user", "content": "3+4?"}, {"role": "assistant", "content": "#### 7"}], ground_truth="7")
     """
 
     messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    weights: tuple[float | None, ...] | None = None
     ground_truth: str | None = None
     data_source: str | None = None
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One row that was tokenized before it came here. `weights_T[t]` says how much token t counts as a target.
+
+    >>> Tokens(ids_T=np.array([5, 6, 7]), weights_T=np.array([0, 1, 1]))
+    """
+
+    ids_T: np.ndarray  # int32
+    weights_T: np.ndarray  # float32
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from posttrain.data.encoded import NO_MESSAGE, Encoded, Part, Turn
 from posttrain.data.formats import RowError, check_trainable, prompt_of
 from posttrain.errors import InputError
 from posttrain.records import Conversation
@@ -27,16 +28,7 @@ class Span:
 
     start: int
     end: int
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Ids of a conversation, which of them are trained, and each one's characters in the rendered text."""
-
-    text: str
-    ids_T: np.ndarray  # int32
-    trained_T: np.ndarray  # bool
-    offsets_T: list[tuple[int, int]]
+    message: int = 0
 
 
 class ChatTokenizer:
@@ -72,10 +64,10 @@ class ChatTokenizer:
         encoded = self.encode_many([conversation])[0]
         if isinstance(encoded, RowError):
             raise encoded
-        return encoded
+        return encoded[0]
 
-    def encode_many(self, conversations: Sequence[Conversation]) -> list[Encoded | RowError]:
-        """`encode` for many at once, tokenized on all cores; a bad row gives its RowError in its place."""
+    def encode_many(self, conversations: Sequence[Conversation]) -> list[list[Encoded] | RowError]:
+        """The samples of each, tokenized on all cores; a bad row gives its RowError in its place."""
         rendered: list[tuple[str, list[Span]] | RowError] = []
         for conversation in conversations:
             try:
@@ -85,7 +77,8 @@ class ChatTokenizer:
                 rendered.append(error)
         texts = [item[0] for item in rendered if not isinstance(item, RowError)]
         tokens = iter(self._backend.encode_batch(texts, add_special_tokens=False))
-        return [item if isinstance(item, RowError) else _masked(*item, next(tokens)) for item in rendered]
+        masked = [item if isinstance(item, RowError) else _masked(*item, next(tokens)) for item in rendered]
+        return [item if isinstance(item, RowError) else [item] for item in masked]
 
     def prompt_ids(self, conversation: Conversation) -> np.ndarray:
         """Ids (int32) of the messages before the last assistant's turn, with the header that asks for an answer."""
@@ -109,7 +102,7 @@ class ChatTokenizer:
         marker = around.lstrip()
         for control in self._control:
             if marker.startswith(control):
-                return Span(len(before), len(through) - len(marker) + len(control))
+                return Span(len(before), len(through) - len(marker) + len(control), turn)
         raise RowError(_UNPROVEN, f"no control token ends message {turn}: after it comes {around[:20]!r}")
 
     def _around(self, messages: list[dict[str, Any]], turn: int, written: str, before: str) -> str:
@@ -129,17 +122,24 @@ class ChatTokenizer:
 
 
 def _masked(text: str, spans: list[Span], tokens: Any) -> Encoded | RowError:
-    offsets = tokens.offsets
-    starts, ends = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T
-    trained = np.zeros(len(offsets), dtype=bool)
+    offsets_TC = np.asarray(tokens.offsets, dtype=np.int32).reshape(-1, 2)
+    starts, ends = offsets_TC.T
+    weights_T = np.zeros(len(starts), dtype=np.float32)
+    messages_T, parts_T = np.full(len(starts), NO_MESSAGE), np.zeros(len(starts), dtype=np.uint8)
+    turns = []
     for span in spans:
         inside = (starts >= span.start) & (ends <= span.end)
         straddles = ~inside & (starts < span.end) & (ends > span.start)
         if straddles.any():
-            piece = text[slice(*offsets[int(straddles.argmax())])]
+            piece = text[slice(*offsets_TC[int(straddles.argmax())])]
             return RowError(_UNPROVEN, f"the token {piece!r} lies across the border of an assistant's turn")
-        trained |= inside
-    return Encoded(text, np.asarray(tokens.ids, dtype=np.int32), trained, offsets)
+        weights_T[inside] = 1
+        messages_T[inside], parts_T[inside] = span.message, Part.TEXT
+        first, *_, last = np.flatnonzero(inside).tolist() * 2
+        parts_T[last] = Part.END
+        turns.append(Turn(span.message, first, last + 1, 1.0, "all assistant turns"))
+    ids_T = np.asarray(tokens.ids, dtype=np.int32)
+    return Encoded(text, ids_T, weights_T, offsets_TC, messages_T, parts_T, tuple(turns))
 
 
 def _keeping_offsets(backend: Any) -> Any:

@@ -39,7 +39,9 @@ def to_conversation(row: dict[str, Any], columns: Columns) -> Conversation:
     messages = [clean(message) for message in _messages(row, columns)]
     reward_model = row.get("reward_model") or {}
     truth = reward_model.get("ground_truth") if isinstance(reward_model, dict) else None
-    return Conversation(messages, None if truth is None else str(truth), row.get("data_source"))
+    return Conversation(
+        messages, ground_truth=None if truth is None else str(truth), data_source=row.get("data_source")
+    )
 
 
 def check_trainable(conversation: Conversation) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from posttrain.data.chat import ChatTokenizer, Encoded
+from posttrain.data.chat import ChatTokenizer
+from posttrain.data.encoded import Encoded
 from posttrain.data.formats import Columns, RowError, to_conversation
 from posttrain.data.sources import Row
 
@@ -37,7 +38,7 @@ def shown_rows(rows: Iterable[Row], columns: Columns, chat: ChatTokenizer) -> It
 def pieces(encoded: Encoded, chat: ChatTokenizer) -> list[str]:
     """The text of each token; a token that is part of a character shows the whole of it."""
     return [encoded.text[start:end] or chat.tokenizer.decode([i]) for i, (start, end) in zip(
-        encoded.ids_T.tolist(), encoded.offsets_T, strict=True)]  # fmt: skip
+        encoded.ids_T.tolist(), encoded.offsets_TC.tolist(), strict=True)]  # fmt: skip
 
 
 def coloured(shown: dict[str, Any]) -> Text:

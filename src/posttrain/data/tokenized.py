@@ -237,7 +237,7 @@ def _encode_chunk(chat: ChatTokenizer, columns: Columns, rows: Iterable[Row]) ->
     outcomes: list[Outcome] = []
     for row, conversation in zip(rows, conversations, strict=True):
         result = conversation if isinstance(conversation, RowError) else next(encoded)
-        outcomes.append((row.place, result if isinstance(result, RowError) else (result.ids_T, result.trained_T)))
+        outcomes.append((row.place, result if isinstance(result, RowError) else (result[0].ids_T, result[0].trained_T)))
     return outcomes
 
 

@@ -1,0 +1,65 @@
+"""A conversation as it will be trained: ids, weights, and for every token where it came from.
+
+Shape suffixes: T tokens of the conversation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+
+NO_MESSAGE = -1
+
+
+class Part(IntEnum):
+    """What of a message, or of what surrounds messages, a token belongs to."""
+
+    TEMPLATE = 0  # written by the template itself
+    NAME = 1  # role, name or id in a header
+    TEXT = 2
+    REASONING = 3
+    TOOL_CALL = 4
+    TOOLS = 5  # descriptions of the tools
+    END = 6  # the token that ends a turn
+    UNKNOWN = 7  # written through an operation that loses where its characters came from
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What the model must produce for one message: tokens [begin, end), the token that ends the turn included.
+
+    `weight` 0 means that the turn is context only, and `why` says by whose choice.
+    """
+
+    message: int
+    begin: int
+    end: int
+    weight: float
+    why: str
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Ids of a rendered conversation with, for each, its weight as a target and where it came from.
+
+    `offsets_TC[t]` are the first character of token t in `text` and the one after its last. `turns` are those of the
+    roles that can be trained, in order, chosen or not. `notes` say what a person should know of this row.
+    """
+
+    text: str
+    ids_T: np.ndarray  # int32
+    weights_T: np.ndarray  # float32, 0 is untrained
+    offsets_TC: np.ndarray  # int32 (T, 2)
+    messages_T: np.ndarray  # int32, the message's number, or NO_MESSAGE
+    parts_T: np.ndarray  # uint8, a Part
+    turns: tuple[Turn, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.ids_T)
+
+    @property
+    def trained_T(self) -> np.ndarray:
+        return self.weights_T > 0
