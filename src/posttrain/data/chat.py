@@ -244,15 +244,12 @@ class ChatTokenizer:
             f"message {m}: {text!r} is encoded as text" if m >= 0 else f"{text!r} in the tools is encoded as text"
             for m, text in typed
         ]
-        starts_T, ends_T = offsets_TC[:, 0], offsets_TC[:, 1]
+        starts_T = offsets_TC[:, 0]
         weights_T = np.zeros(len(ids_T), dtype=np.float32)
         messages_T, parts_T = code_parts(rendered.code_array[np.minimum(starts_T, max(len(rendered.text) - 1, 0))])
         turns = []
         for span, weight, why in draft.spans:
-            begin = int(np.searchsorted(ends_T, span.start, "right"))
-            end = int(np.searchsorted(starts_T, span.end, "left"))
-            if weight:
-                self._check_borders(rendered.text, span, offsets_TC[begin:end], ids_T[begin:end])
+            begin, end = self._tokens_of(rendered.text, span, offsets_TC, ids_T, strict=weight > 0)
             messages_T[begin:end] = span.message
             parts_T[end - 1] = Part.END
             weights_T[begin:end] = weight
@@ -261,17 +258,25 @@ class ChatTokenizer:
             turns.append(Turn(span.message, begin, end, weight, why))
         return Encoded(rendered.text, ids_T, weights_T, offsets_TC, messages_T, parts_T, tuple(turns), tuple(notes))
 
-    def _check_borders(self, text: str, span: Span, offsets_TC: np.ndarray, ids_T: np.ndarray) -> None:
-        for position, border in ((0, span.start), (-1, span.end)):
-            first, last = offsets_TC[position].tolist()
+    def _tokens_of(
+        self, text: str, span: Span, offsets_TC: np.ndarray, ids_T: np.ndarray, strict: bool
+    ) -> tuple[int, int]:
+        """The span's tokens: [begin, end). A token that the header shares with what the template writes next is the header's.
+
+        Raises RowError, if `strict`, where a token lies across a border of the turn's own text or no single token ends it.
+        """
+        begin = int(np.searchsorted(offsets_TC[:, 1], span.start, "right"))
+        end = int(np.searchsorted(offsets_TC[:, 0], span.end, "left"))
+        if begin < end and offsets_TC[begin, 0] < span.start and offsets_TC[begin, 1] <= span.own_start:
+            begin += 1
+        if strict:
+            first, last = (offsets_TC[begin, 0], offsets_TC[end - 1, 1]) if begin < end else (span.start, -1)
             if first < span.start or last > span.end:
-                piece = text[first:last]
-                raise RowError(
-                    UNPROVEN,
-                    f"the token {piece!r} lies across the border of message {span.message} at {text[border : border + 10]!r}",
-                )
-        if not self._controls.is_control(ids_T[-1:])[0]:
-            raise RowError(UNPROVEN, f"what ends message {span.message} is not one token of this tokenizer")
+                piece = text[slice(*offsets_TC[begin if first < span.start else end - 1])]
+                raise RowError(UNPROVEN, f"the token {piece!r} lies across the border of message {span.message}")
+            if last < span.end or not self._controls.is_control(ids_T[end - 1 : end])[0]:
+                raise RowError(UNPROVEN, f"what ends message {span.message} is not one token of this tokenizer")
+        return begin, end
 
     def _ids_and_offsets(
         self, rendered: Rendered, messages: list[dict[str, Any]], tokens: Any

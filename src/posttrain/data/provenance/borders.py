@@ -27,9 +27,10 @@ UNPROVEN = "template cannot be masked"
 REFUSED = "refused by the template"
 # What a generation prompt may write that the same turn lacks once it is history.
 _OPENED_REASONING = re.compile(
-    "|".join(rf"\s*{re.escape(begin)}\s*({re.escape(end)}\s*)?" for begin, end in REASONING_TAGS)
+    "|".join(rf"(?:{re.escape(begin)}\s*(?:{re.escape(end)}\s*)?$)" for begin, end in REASONING_TAGS)
 )
 _PROBE = "posttrain"
+_USER = {"role": "user", "content": _PROBE}
 _KEPT = 50_000  # answers; a set of rows needs a few dozen
 
 
@@ -62,20 +63,12 @@ class Borders:
         `before` is the message whose content ends where the gap begins. The second value is what the prompt writes beyond
         the gap: the beginning of reasoning that the history lacks, if anything.
         """
-        found = self._cached(("begin", gap), conversation, turn, lambda: self._prompt(conversation, turn))
-        if isinstance(found, str):
-            raise RowError(UNPROVEN, f"message {turn}: {found}")
-        prompt, distance = found
-        if turn - distance != before:
-            raise RowError(UNPROVEN, f"message {turn} follows on other content than where it is asked for")
-        if gap.startswith(prompt):
-            return len(prompt), ""
-        if gap and prompt.startswith(gap) and _OPENED_REASONING.fullmatch(prompt, len(gap)):
-            return len(gap), prompt[len(gap) :]
-        raise RowError(
-            UNPROVEN,
-            f"message {turn} begins with {_short(gap)}, and the generation prompt is {_short(prompt)}; they do not agree",
+        found = self._cached(
+            ("begin", gap, turn - before), conversation, turn, lambda: self._begin(conversation, turn, gap, before)
         )
+        if isinstance(found, str):
+            raise RowError(UNPROVEN, f"message {turn} {found}")
+        return found
 
     def end(self, conversation: MarkedConversation, turn: int, after: str, inside: str, own: int) -> int:
         """How much of `after`, the text between the turn's own characters and the next content, belongs to the turn.
@@ -97,13 +90,35 @@ class Borders:
             raise RowError(UNPROVEN, f"no token ends message {turn}: {last!r} only closes {opener!r}")
         return found
 
-    def _prompt(self, conversation: MarkedConversation, turn: int) -> tuple[str, int] | str:
-        """What the template writes after the last content when it asks for the turn, and how many messages back that is."""
-        rendered = self.render(conversation, turn, prompt=True)
-        text, owner = rendered.tail
-        if LOST in rendered.codes[len(rendered.text) - len(text) :]:
-            return "the generation prompt is written by an operation that hides where text came from"
-        return text, turn - owner
+    def _begin(self, conversation: MarkedConversation, turn: int, gap: str, before: int) -> tuple[int, str] | str:
+        """What follows the earlier content in the prompt for the turn, found at the gap's beginning; else what the flag for a
+        generation prompt adds to a rendering, found once in the gap."""
+        prompt = ""
+        if turn:
+            asked = self.render(conversation, turn, prompt=True)
+            prompt, owner = asked.tail
+            if LOST in asked.codes[len(asked.text) - len(prompt) :]:
+                return "is asked for by an operation that hides where text came from"
+            for header, opened in _headers(prompt):
+                if owner == before and header and gap.startswith(header):
+                    return len(header), opened
+                if owner == before and gap.split() == header.split():
+                    return len(gap), opened  # nothing but the prompt, written with other white space
+        added = self._added_by_the_flag(conversation, turn)
+        for header, opened in _headers(added):
+            if header.strip() and gap.count(header) == 1:
+                return gap.index(header) + len(header), opened
+        return f"begins with {_short(gap)}, and the generation prompt is {_short(prompt or added)}; they do not agree"
+
+    def _added_by_the_flag(self, conversation: MarkedConversation, turn: int) -> str:
+        """What add_generation_prompt adds behind the messages before the turn, or behind a user's where there are none."""
+        earlier = conversation
+        if not turn:
+            earlier = MarkedConversation([_USER], conversation.tools(), conversation.variables)
+        without, asked = (self.render(earlier, turn or 1, prompt=prompt).tail[0] for prompt in (False, True))
+        same = len(_common_prefix(without, asked))
+        cut = [control.start() for control in self._controls.finditer(asked) if control.start() < same < control.end()]
+        return asked[min([same, *cut]) :]
 
     def _end(self, conversation: MarkedConversation, turn: int, after: str, own: int) -> int | str:
         cut, owner = self.render(conversation, turn + 1).tail
@@ -122,7 +137,7 @@ class Borders:
         return self._shared_end(go_on, cut)
 
     def _shared_end(self, go_on: str, cut: str) -> int | str:
-        shared = len(commonprefix([go_on, cut]))  # noqa: RUF071 (of characters is what is meant)
+        shared = len(_common_prefix(go_on, cut))
         whole = [match for match in self._controls.finditer(go_on) if match.end() <= shared]
         if not whole:
             return f"no control token of this tokenizer ends it: what follows is {_short(cut)}"
@@ -136,11 +151,10 @@ class Borders:
         """What follows the conversation's last content once it goes on; None where the template never lets it."""
         last = conversation.plain[-1]
         calls = last.get("tool_calls") if isinstance(last.get("tool_calls"), list) else None
-        user = [{"role": "user", "content": _PROBE}]
         answers = [
             {"role": "tool", "content": _PROBE, **_answering(call)} for call in calls or [] if isinstance(call, dict)
         ]
-        for messages in [answers, user] if answers else [user]:
+        for messages in [answers, [_USER]] if answers else [[_USER]]:
             longer = conversation.extended(messages)
             try:
                 rendered = self.render(longer)
@@ -175,6 +189,16 @@ class Borders:
         """The kinds of the first `count` messages, the latest first, each once; tools and variables."""
         kinds = dict.fromkeys(self.questions.kind(conversation, number) for number in reversed(range(count)))
         return (tuple(kinds), conversation.tools_key, conversation.variables_key)
+
+
+def _headers(prompt: str) -> list[tuple[str, str]]:
+    """The prompt, and the prompt without the beginning of reasoning that it writes; each with what is left off."""
+    opened = _OPENED_REASONING.search(prompt)
+    return [(prompt, "")] + ([(prompt[: opened.start()], opened.group())] if opened else [])
+
+
+def _common_prefix(a: str, b: str) -> str:
+    return commonprefix([a, b])  # noqa: RUF071 (of characters, not of paths)
 
 
 def _answering(call: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from datetime import date
 from functools import cached_property
 from typing import Any
 
+import jinja2
 import numpy as np
 from jinja2 import nodes
 from jinja2.compiler import CodeGenerator
@@ -112,7 +113,7 @@ def written(value: Any) -> str:
     text = str(value)
     if type(text) is Marked:
         return text
-    if value is None or isinstance(value, int | float):
+    if value is None or isinstance(value, int | float | jinja2.Undefined):
         return literal(text)
     code = uniform(value)
     return marked(str(getattr(value, "_raw", value)), code and code * len(text), None)

@@ -16,10 +16,15 @@ from posttrain.data.provenance.template import Rendered, Run
 
 @dataclass(frozen=True)
 class Span:
-    """Characters [start, end) of a turn, the token that ends it included; its reasoning ends before `reasoning_end`."""
+    """Characters [start, end) of a turn, the token that ends it included.
+
+    Its own text begins at `own_start`: before that stands what the template writes for it. Its reasoning ends before
+    `reasoning_end`.
+    """
 
     message: int
     start: int
+    own_start: int
     end: int
     reasoning_end: int
     notes: tuple[str, ...] = ()
@@ -66,7 +71,9 @@ def find_span(borders: Borders, conversation: MarkedConversation, rendered: Rend
             UNPROVEN, f"the template writes part of message {turn} by an operation that hides where it came from"
         )
     start, end = _generated(rendered, turn, start, own_start, own_end, end)
-    return Span(turn, start, end, _reasoning_end(runs[first:last], start), tuple(notes))
+    return Span(
+        turn, start, own_start if first < last else end, end, _reasoning_end(runs[first:last], start), tuple(notes)
+    )
 
 
 def _scaffold(text: str, start: int, runs: list[Run]) -> str:
