@@ -93,22 +93,47 @@ class Borders:
     def _begin(self, conversation: MarkedConversation, turn: int, gap: str, before: int) -> tuple[int, str] | str:
         """What follows the earlier content in the prompt for the turn, found at the gap's beginning; else what the flag for a
         generation prompt adds to a rendering, found once in the gap."""
-        prompt = ""
+        added = self._added_by_the_flag(conversation, turn)
+        prompt, owner = "", None
         if turn:
             asked = self.render(conversation, turn, prompt=True)
             prompt, owner = asked.tail
             if LOST in asked.codes[len(asked.text) - len(prompt) :]:
                 return "is asked for by an operation that hides where text came from"
+        if turn and owner == before:
+            if not added.strip() and gap != prompt and self._header_is_missing(conversation, turn, prompt):
+                return f"begins with {_short(gap)}, which the template writes although no generation prompt asks for it"
             for header, opened in _headers(prompt):
-                if owner == before and header and gap.startswith(header):
+                if header and gap.startswith(header):
                     return len(header), opened
-                if owner == before and gap.split() == header.split():
+                if _without_space(gap) == _without_space(header):
                     return len(gap), opened  # nothing but the prompt, written with other white space
-        added = self._added_by_the_flag(conversation, turn)
+            if prompt.startswith(gap) and gap[len(prompt) - len(added) :].strip():
+                return len(gap), prompt[len(gap) :]
         for header, opened in _headers(added):
             if header.strip() and gap.count(header) == 1:
                 return gap.index(header) + len(header), opened
         return f"begins with {_short(gap)}, and the generation prompt is {_short(prompt or added)}; they do not agree"
+
+    def _header_is_missing(self, conversation: MarkedConversation, turn: int, prompt: str) -> bool:
+        """Whether the prompt, which no flag changes, lacks a header that the template writes before an answer: it does if it
+        writes more before plain text, and the prompt is but what stands before a user's message too."""
+        role = conversation.plain[turn]["role"]
+        text = self._followed_by(conversation, turn, {"role": role, "content": _PROBE})
+        if text is None or _without_space(text) == _without_space(prompt):
+            return False
+        user = self._followed_by(conversation, turn, _USER)
+        return user is None or _without_space(user).startswith(_without_space(prompt))
+
+    def _followed_by(self, conversation: MarkedConversation, count: int, message: dict[str, Any]) -> str | None:
+        """What the template writes between the first `count` messages and one that follows; None where it refuses that."""
+        longer = MarkedConversation(
+            [*conversation.plain[:count], message], conversation.tools(), conversation.variables
+        )
+        try:
+            return _gap_before(self.render(longer), count)
+        except RowError:
+            return None
 
     def _added_by_the_flag(self, conversation: MarkedConversation, turn: int) -> str:
         """What add_generation_prompt adds behind the messages before the turn, or behind a user's where there are none."""
@@ -124,9 +149,8 @@ class Borders:
         cut, owner = self.render(conversation, turn + 1).tail
         if owner != own:
             return "cut behind it, the conversation ends with other content"
-        if turn < len(conversation.messages) - 1:
-            return self._shared_end(after, cut)
-        go_on = self._continued(conversation, own)
+        is_last = turn == len(conversation.messages) - 1
+        go_on = self._continued(conversation, own) if is_last else after
         if go_on is None:
             controls = self._controls.findall(cut)
             return (
@@ -134,7 +158,23 @@ class Borders:
                 if len(controls) == 1
                 else "what ends it cannot be told from what ends the text"
             )
-        return self._shared_end(go_on, cut)
+        found = self._shared_end(go_on, cut)
+        if isinstance(found, str) and self._ends_as_others(conversation, turn, go_on):
+            controls = list(self._controls.finditer(cut if is_last else go_on))
+            if not is_last or len(controls) == 1:
+                return controls[0].end()
+        return found
+
+    def _ends_as_others(self, conversation: MarkedConversation, turn: int, go_on: str) -> bool:
+        """Whether the turn, followed by more, ends with the very token that ends the message before the turn: a last turn may
+        then have a token of its own."""
+        first = self._controls.search(go_on)
+        if not turn or first is None:
+            return False
+        added = self._added_by_the_flag(conversation, turn)
+        prompt, _ = self.render(conversation, turn, prompt=True).tail
+        ending = prompt[: len(prompt) - len(added)]
+        return bool(added) and self._controls.findall(ending) == [first.group()]
 
     def _shared_end(self, go_on: str, cut: str) -> int | str:
         shared = len(_common_prefix(go_on, cut))
@@ -160,10 +200,9 @@ class Borders:
                 rendered = self.render(longer)
             except RowError:
                 continue
-            runs = rendered.runs
-            at = next((i for i, run in enumerate(runs) if run[2] > len(conversation.plain) - 1), None)
-            if at and runs[at - 1][2] == own:
-                return rendered.text[runs[at - 1][1] : runs[at][0]]
+            gap = _gap_before(rendered, len(conversation.plain), own)
+            if gap is not None:
+                return gap
         return None
 
     def _opener_of(self, control: str) -> str | None:
@@ -195,6 +234,19 @@ def _headers(prompt: str) -> list[tuple[str, str]]:
     """The prompt, and the prompt without the beginning of reasoning that it writes; each with what is left off."""
     opened = _OPENED_REASONING.search(prompt)
     return [(prompt, "")] + ([(prompt[: opened.start()], opened.group())] if opened else [])
+
+
+def _gap_before(rendered: Rendered, message: int, after: int | None = None) -> str | None:
+    """The text between the message's first character and the content before it, which must be `after`'s if that is given."""
+    runs = rendered.runs
+    at = next((i for i, run in enumerate(runs) if run[2] >= message), None)
+    if at is None or (after is not None and (at == 0 or runs[at - 1][2] != after)):
+        return None
+    return rendered.text[runs[at - 1][1] if at else 0 : runs[at][0]]
+
+
+def _without_space(text: str) -> str:
+    return "".join(text.split())
 
 
 def _common_prefix(a: str, b: str) -> str:

@@ -197,13 +197,13 @@ class Marked(str):
     __rmul__ = __mul__
 
     def __mod__(self, values: Any) -> str:
-        return marked(str.__mod__(self, values), None, _mixed(self, values))
+        return derived(str.__mod__(self, values), self, *(values if isinstance(values, tuple) else (values,)))
 
     def __rmod__(self, other: str) -> str:
-        return marked(str.__mod__(str.__str__(other), self), None, _mixed(self))
+        return derived(str.__mod__(str.__str__(other), self), self, other)
 
     def __format__(self, spec: str) -> str:
-        return marked(str.__format__(self, spec), None, _mixed(self))
+        return derived(str.__format__(self, spec), self)
 
     def strip(self, chars: str | None = None) -> str:
         return self._trimmed("strip", str.lstrip(self, chars), str.strip(self, chars), chars)
@@ -334,6 +334,7 @@ def _asking(name: str) -> Callable[..., Any]:
         self._ask(name, args)
         return method(self, *args)
 
+    asked.__name__ = name
     return asked
 
 
@@ -343,8 +344,9 @@ def _recasing(name: str) -> Callable[..., Any]:
     def recased(self: Marked, *args: Any) -> str:
         text = method(self, *args)
         same = len(text) == str.__len__(self) and name in _IN_PLACE
-        return marked(text, self._codes if same else None, self._then(name, args))
+        return marked(text, self._codes, self._then(name, args)) if same else derived(text, self, *args)
 
+    recased.__name__ = name  # by which the sandbox knows `format`
     return recased
 
 
@@ -379,6 +381,15 @@ def marked(text: str, codes: str | None, source: Source | None) -> Marked:
     made._codes = LOST * str.__len__(made) if codes is None else codes
     made._source = source
     return made
+
+
+def derived(text: str, *inputs: Any) -> Marked:
+    """A text made of others in a way that is not followed: LOST, unless all of them are the template's own."""
+    texts = [text for text in inputs if isinstance(text, str)]
+    own = all(type(t) is Marked and t._source is None and t._codes == TEMPLATE * len(t._codes) for t in texts)
+    if own and all(isinstance(value, str | int | float | type(None)) for value in inputs):
+        return literal(str.__str__(text))
+    return marked(str.__str__(text), None, _mixed(*inputs))
 
 
 def literal(text: str) -> Marked:

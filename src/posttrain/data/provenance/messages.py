@@ -22,7 +22,9 @@ from posttrain.data.provenance.marked import (
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 REASONING_TAGS = (
     ("<think>", "</think>"), ("<thinking>", "</thinking>"), ("<reasoning>", "</reasoning>"), ("<thought>", "</thought>"),
-    ("<seed:think>", "</seed:think>"), ("[THINK]", "[/THINK]"),
+    ("<seed:think>", "</seed:think>"), ("<mm:think>", "</mm:think>"), ("[THINK]", "[/THINK]"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"), ("<|channel>thought", "<channel|>"),
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),
 )  # fmt: skip
 
 Kind = tuple[Any, ...]  # what of a message a template's course can depend on, as far as is known

@@ -29,6 +29,7 @@ from posttrain.data.provenance.marked import (
     Mixed,
     Source,
     codes_of,
+    derived,
     join,
     literal,
     marked,
@@ -90,9 +91,11 @@ class MarkedTemplate:
         environment.code_generator_class = _KeepingConstants
         environment.concat = _concat
         environment.cache = None
+        environment.wrap_str_format = lambda value: _following_format(theirs.wrap_str_format(value), value)
         for name, extension in theirs.extensions.items():
             if "generation" in extension.tags:
-                environment.extensions[name] = _Generation(environment)
+                del environment.extensions[name]
+        environment.extensions[_Generation.identifier] = _Generation(environment)
         self.constants: list[Marked] = []
         environment.posttrain_constants = self.constants
         namespace: dict[str, Any] = {"environment": environment, "__file__": "<chat template>"}
@@ -166,6 +169,13 @@ class _Generation(Extension):
         text = written(caller())
         codes = "".join(chr(ord(code) | GENERATED) for code in codes_of(text))
         return marked(str.__str__(text), codes, getattr(text, "_source", None))
+
+
+def _following_format(safe: Any, method: Any) -> Any:
+    """The sandbox's str.format, whose result is the template's own where all that went in is."""
+    if safe is None:
+        return None
+    return lambda *args, **kwargs: derived(safe(*args, **kwargs), method.__self__, *args, *kwargs.values())
 
 
 def _concat(pieces: Iterable[str]) -> Marked:

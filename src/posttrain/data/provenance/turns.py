@@ -70,7 +70,7 @@ def find_span(borders: Borders, conversation: MarkedConversation, rendered: Rend
         raise RowError(
             UNPROVEN, f"the template writes part of message {turn} by an operation that hides where it came from"
         )
-    start, end = _generated(rendered, turn, start, own_start, own_end, end)
+    start += _outside_generation(rendered, turn, start, own_end)
     return Span(
         turn, start, own_start if first < last else end, end, _reasoning_end(runs[first:last], start), tuple(notes)
     )
@@ -163,16 +163,14 @@ def _reasoning_end(runs: list[Run], start: int) -> int:
     return next((run[0] for run in runs if run[0] >= last), last)
 
 
-def _generated(rendered: Rendered, turn: int, start: int, own_start: int, own_end: int, end: int) -> tuple[int, int]:
-    """The span within the template's own {% generation %} block, which must hold the turn's text and nothing before it."""
-    generated = rendered.code_array >= GENERATED
-    if not generated.any():
-        return start, end
-    inside = generated[start:end]
-    if not inside.any():
-        raise RowError(UNPROVEN, f"the template's generation block leaves out message {turn}")
-    if start and generated[start - 1]:
-        raise RowError(UNPROVEN, f"the template's generation block begins before message {turn} does")
-    if not inside[own_start - start : own_end - start].all():
-        raise RowError(UNPROVEN, f"the template's generation block covers only part of message {turn}")
-    return start + int(inside.argmax()), end
+def _outside_generation(rendered: Rendered, turn: int, start: int, own_end: int) -> int:
+    """How many of the span's first characters the template's own {% generation %} block leaves out; it may leave out what the
+    template writes and reasoning, not an answer's text. That it may begin with the header, which it should not, is mended."""
+    if not (rendered.code_array >= GENERATED).any():
+        return 0
+    inside = rendered.code_array[start:own_end] >= GENERATED
+    first = int(inside.argmax()) if inside.any() else len(inside)
+    text = [run for run in rendered.runs if run[2] == turn and run[3] != Part.REASONING and run[0] < own_end]
+    if any(run[0] < start + first for run in text) or not inside[first:].all():
+        raise RowError(UNPROVEN, f"the template's generation block leaves out part of message {turn}")
+    return first
