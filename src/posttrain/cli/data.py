@@ -53,7 +53,7 @@ def data_show(
 
     data = config.data
     sources = find_sources(files or data.train_files, "data.train_files", data.train_split, data.hub_config)
-    columns = Columns(data.messages_key, data.prompt_key, data.response_key)
+    columns = Columns.of(data)
     wanted = islice(read_rows(sources), rows if rows is not None or as_json else 3)
     for shown in shown_rows(wanted, columns, chat_maker(config)()):
         if as_json:

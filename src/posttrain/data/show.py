@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain.data.chat import ChatTokenizer
 from posttrain.data.encoded import Encoded
-from posttrain.data.formats import Columns, RowError, to_conversation
+from posttrain.data.formats import Columns, RowError, conversation_of
 from posttrain.data.sources import Row
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ def shown_rows(rows: Iterable[Row], columns: Columns, chat: ChatTokenizer) -> It
     """One object a row: {row, ids, pieces, trained, roles}, or {row, refused: reason}."""
     for row in rows:
         try:
-            encoded = chat.encode(to_conversation(row.values, columns))
+            encoded = chat.encode(conversation_of(row.values, columns))
         except RowError as error:
             yield {"row": row.number, "refused": f"{error.kind}: {error}"}
             continue
