@@ -63,6 +63,7 @@ def to_conversation(row: dict[str, Any], columns: Columns) -> Conversation | Tok
     if form == TOKENS:
         return read_tokens(row)
     _refuse_media(row)
+    source = row.get("data_source")
     messages, weights = _with_system(*_READ[form](row, columns), row, columns)
     return Conversation(
         messages,
@@ -70,7 +71,7 @@ def to_conversation(row: dict[str, Any], columns: Columns) -> Conversation | Tok
         template_kwargs=_template_kwargs(row),
         weights=tuple(weights) if any(weight is not None for weight in weights) else None,
         ground_truth=_ground_truth(row),
-        data_source=row.get("data_source"),
+        data_source=None if source is None else str(source),
     )
 
 
