@@ -1,6 +1,9 @@
 """Every form of a row becomes the same messages; every malformed kind of row says what was found."""
 
 import json
+import re
+from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pyarrow as pa
@@ -365,3 +368,16 @@ def test_columns_are_those_of_the_options():
              "system_prompt": "s"}  # fmt: skip
     assert Columns.of(DataOptions(**given)) == Columns("m", "p", "r", "sharegpt", "t", "s")
     assert Columns.of(DataOptions()) == Columns()
+
+
+def test_every_example_in_the_documentation_is_read():
+    page = (Path(__file__).parents[1] / "docs" / "data.md").read_text("utf-8")
+    forms = []
+    for form, block in re.findall(r"### (\w+)\n\n```json\n(.*?)```", page, re.DOTALL):
+        rest = block.strip()
+        while rest:
+            row, end = json.JSONDecoder().raw_decode(rest)
+            assert repr(to_conversation(row, Columns())) == repr(to_conversation(row, Columns(format=form)))
+            rest = rest[end:].strip()
+        forms.append(form)
+    assert set(forms) | {"auto"} == set(get_args(DataOptions.model_fields["format"].annotation))

@@ -36,6 +36,7 @@ RECOGNISED = (
     ("prompt_response", ("prompt", "completion")),
     *(("question_answer", pair) for pair in QUESTION_PAIRS),
 )
+MEDIA_COLUMNS = {*MEDIA, *(f"{medium}s" for medium in MEDIA)}
 RESERVED_KWARGS = ("messages", "tools", "add_generation_prompt")  # what rendering itself gives a template
 
 
@@ -262,11 +263,10 @@ def _ground_truth(row: dict[str, Any]) -> str | None:
 
 
 def _refuse_media(row: dict[str, Any]) -> None:
-    for medium in MEDIA:
-        for key in (medium, f"{medium}s"):
-            value = row.get(key)
-            if value is not None and (not hasattr(value, "__len__") or len(value)):
-                raise RowError("images or sound", f"the column `{key}` is filled; only text can be trained on")
+    for key in MEDIA_COLUMNS & row.keys():
+        value = row[key]
+        if value is not None and (not hasattr(value, "__len__") or len(value)):
+            raise RowError("images or sound", f"the column `{key}` is filled; only text can be trained on")
 
 
 def _value(row: dict[str, Any], key: str, option: str) -> Any:
