@@ -251,6 +251,7 @@ BAD_ROWS = [  # row, what names its form, kind, what is found
     (with_call(arguments="{}"), {}, "bad tool call", "names no function"),
     (with_call(name="f"), {}, "bad tool call", "the arguments are missing"),
     (with_call(name="f", arguments="{x: 1}"), {}, "bad tool call", "the arguments are '{x: 1}' (not JSON"),
+    (with_call(name="f", arguments="[" * 100_000), {}, "bad tool call", "not JSON: maximum recursion"),
     (with_call(name="f", arguments="[1]"), {}, "bad tool call", "the arguments are list"),
     (with_turn(function_call={"name": "f", "arguments": ""}), {}, "bad tool call", "function_call of message 1"),
     (with_turn(train=1), {}, "bad weight", "train of message 1 is 1, expected true or false"),
@@ -312,6 +313,13 @@ CALLS = [
     [user("q"), assistant(None, tool_calls=[call("f", {"x": None})]), {"role": "tool", "content": "7"}],
     [user("q"), assistant("a", tool_calls=[call("g", {"content": "text", "y": [{"z": 1}, {"w": None}]})])],
 ]
+
+
+def test_filler_is_found_wherever_a_struct_stands(tmp_path):
+    nested = {"a": [[{"b": {"c": 1, "d": [{"e": 1}]}}]], "f": 1}
+    rows = [{"x": nested, "y": None}, {"x": {"a": [[{"b": {"d": [{"g": 2}]}}], None]}, "y": {"z": []}}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    assert [row.values for row in read_rows(find_sources([str(tmp_path / "rows.parquet")], "files"))] == rows
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "arrow", "jsonl"])
@@ -381,3 +389,48 @@ def test_every_example_in_the_documentation_is_read():
             rest = rest[end:].strip()
         forms.append(form)
     assert set(forms) | {"auto"} == set(get_args(DataOptions.model_fields["format"].annotation))
+
+
+JUNK = [None, "", "x", "\ud83d", "[", "{}", "[1]", 7, -1, 0.5, float("nan"), True, [], {}, [None], [[]], [{}], {"a": None},
+        {"role": 7}, {"type": "text"}, b"x", np.array([1, 2]), np.float32(1), 2**70]  # fmt: skip
+WHOLE = {
+    "messages": [user([{"type": "text", "text": "q"}]),
+                 assistant(None, tool_calls=[{"id": "1", **call("f", {"x": 1})}], weight=1, train=True, reasoning="r"),
+                 assistant("a", function_call={"name": "f", "arguments": "{}"}, loss_mask=1, name="n"),
+                 assistant([{"type": "tool_call", "value": '{"name": "f", "arguments": {}}'}])],
+    "tools": [{"name": "f"}], "system": "s", "enable_thinking": True, "chat_template_kwargs": {"a": 1},
+    "reward_model": {"ground_truth": "7"}, "data_source": "d", "images": [],
+}  # fmt: skip
+WHOLE_ROWS = [
+    WHOLE,
+    {"conversations": [*SHAREGPT, {"from": "function_call", "value": '{"name": "f", "arguments": {}}'}]},
+    {"instruction": "q", "input": "i", "output": "a", "history": [["q", "a"]]},
+    {"prompt": [user("q")], "response": assistant("a")},
+    {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "loss_mask": [0, 1, 1], "attention_mask": [1, 1, 1]},
+]
+
+
+def with_junk(value, junk):
+    """The value with junk in each of its places in turn."""
+    yield junk
+    if isinstance(value, dict | list):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            for changed in with_junk(value[key], junk):
+                copy = value.copy()
+                copy[key] = changed
+                yield copy
+
+
+@pytest.mark.parametrize("row", WHOLE_ROWS, ids=lambda row: next(iter(row)))
+def test_junk_anywhere_in_a_row_is_read_or_refused_and_never_breaks(row):
+    to_conversation(row, Columns())
+    refused = 0
+    for junk in JUNK:
+        for changed in with_junk(row, junk):
+            if isinstance(changed, dict):
+                try:
+                    to_conversation(changed, Columns())
+                except RowError as error:
+                    assert error.kind and str(error)
+                    refused += 1
+    assert refused > 100

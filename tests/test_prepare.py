@@ -8,6 +8,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from posttrain.cli.data import data_prepare
 from posttrain.data.formats import Columns, conversation_of
@@ -232,10 +233,12 @@ RETOOL = {
 
 
 def test_retool_becomes_turns_calls_and_results(tmp_path: Path) -> None:
-    half = {"messages": [RETOOL["messages"][0], {"role": "assistant", "content": "<code>1</code>"}]}
-    write_jsonl(tmp_path / "in/train.jsonl", [RETOOL, half])
+    code, result, answer = "<code>1</code>", "<interpreter>1</interpreter>", "<answer>1</answer>"
+    wrong = [code, code + result, result + answer, code + answer, f"{code}so{result}{answer}", answer + "so", "1"]
+    bad = [{"messages": [RETOOL["messages"][0], {"role": "assistant", "content": text}]} for text in wrong]
+    write_jsonl(tmp_path / "in/train.jsonl", [RETOOL, *bad])
     summary = PREPARE["retool"](str(tmp_path / "in"), str(tmp_path / "out"))
-    assert "left out 1 of 2 rows of train: not a ReTool row" in summary["notes"][0]
+    assert "left out 7 of 8 rows of train: not a ReTool row" in summary["notes"][0]
     (row,) = read_rows(find_sources([str(tmp_path / "out/train.parquet")], "files"))
     assert isinstance(row.values["tools"], str) and row.values["data_source"] == "retool_sft"
     conversation = conversation_of(row.values, Columns())
@@ -345,7 +348,14 @@ def test_rows_are_written_in_groups(tmp_path: Path) -> None:
     assert len(read(tmp_path / "out/train.parquet")) == 2500
 
 
-def test_finished_files_are_copied_to_any_file_system(tmp_path: Path) -> None:
+def test_finished_files_are_copied_to_any_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    move = MemoryFileSystem.mv
+
+    def move_like_hdfs(filesystem: MemoryFileSystem, source: str, target: str, **options: Any) -> None:
+        assert not filesystem.exists(target), "HDFS does not move onto a file that is there"
+        move(filesystem, source, target, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "mv", move_like_hdfs)
     write_jsonl(tmp_path / "in/train.jsonl", [ROW])
     write_jsonl(tmp_path / "in/test.jsonl", [OTHER_ROW])
     for where in (str(tmp_path / "copies/deep"), "memory://sets/gsm8k"):

@@ -151,7 +151,7 @@ def _read_alpaca(row: dict[str, Any], columns: Columns) -> tuple[Messages, Weigh
         there = ", ".join(row) or "(none)"
         raise RowError(f"no column {missing[0]}", f"an alpaca row has instruction and output; the columns are {there}")
     instruction = checked_text(row["instruction"], "the instruction", "no prompt")
-    context = checked_text(row.get("input") or "", "the input", "no prompt")
+    context = checked_text(clean(row.get("input")) or "", "the input", "no prompt")
     turns = _history(clean(row.get("history")) or [])
     output = checked_text(row["output"], "the output", "no answer")
     turns.append(("\n".join(text for text in (instruction, context) if text), output))
@@ -207,7 +207,7 @@ def _with_system(
     """With the row's `system` column in front, or else the run's system prompt where the row has none."""
     if not messages:
         raise RowError("no messages", "the conversation is empty")
-    own = row.get("system") or None
+    own = clean(row.get("system")) or None
     has_one = any(message["role"] in SYSTEM_ROLES for message in messages)
     if own is not None and has_one and own != messages[0].get("content"):
         raise RowError("two system prompts", "the column `system` says one thing, the system message another")
@@ -257,8 +257,8 @@ def _template_kwargs(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _ground_truth(row: dict[str, Any]) -> str | None:
-    reward_model = row.get("reward_model") or {}
-    truth = reward_model.get("ground_truth") if isinstance(reward_model, dict) else None
+    reward_model = row.get("reward_model")
+    truth = clean(reward_model.get("ground_truth")) if isinstance(reward_model, dict) else None
     return None if truth is None else str(truth)
 
 

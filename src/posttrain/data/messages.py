@@ -74,7 +74,7 @@ def parsed(text: str, kind: str, found: str) -> Any:
     """The value that JSON text stands for."""
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RowError(kind, f"{found} (not JSON: {error})") from None
 
 

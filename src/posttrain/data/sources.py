@@ -156,18 +156,25 @@ def _arrow_rows(source: Source, batches: Iterator[Any]) -> Iterator[dict[str, An
 
     try:
         for batch in batches:
-            filled = [field.name for field in batch.schema if _holds_struct(field.type)]
+            filled = [name for name in batch.schema.names if _has_filler(batch.column(name))]
             for values in batch.to_pylist():
                 yield values | {name: without_filler(values[name]) for name in filled} if filled else values
     except (pa.ArrowInvalid, OSError) as error:
         raise InputError(f"{source.name} cannot be read as {source.reader}: {error}. Write the file again.") from None
 
 
-def _holds_struct(type_: Any) -> bool:
+def _has_filler(array: Any) -> bool:
+    """Whether any struct in the array has a null field."""
     import pyarrow as pa
 
-    nested = range(type_.num_fields) if pa.types.is_nested(type_) else ()
-    return pa.types.is_struct(type_) or any(_holds_struct(type_.field(i).type) for i in nested)
+    if pa.types.is_struct(array.type):
+        fields = [array.field(i) for i in range(array.type.num_fields)]
+        return any(field.null_count or _has_filler(field) for field in fields)
+    return (
+        _has_filler(array.values)
+        if isinstance(array, pa.ListArray | pa.LargeListArray | pa.FixedSizeListArray)
+        else False
+    )
 
 
 def without_filler(value: Any) -> Any:
@@ -177,12 +184,12 @@ def without_filler(value: Any) -> Any:
     ask for it.
     """
     if isinstance(value, list):
-        return [without_filler(item) for item in value]
+        return [without_filler(item) if isinstance(item, dict | list) else item for item in value]
     if not isinstance(value, dict):
         return value
     is_message = isinstance(value.get("role"), str)
     return {
-        key: without_filler(item)
+        key: without_filler(item) if isinstance(item, dict | list) else item
         for key, item in value.items()
         if item is not None or (is_message and key == "content")
     }
