@@ -317,7 +317,10 @@ CALLS = [
 
 def test_filler_is_found_wherever_a_struct_stands(tmp_path):
     nested = {"a": [[{"b": {"c": 1, "d": [{"e": 1}]}}]], "f": 1}
-    rows = [{"x": nested, "y": None}, {"x": {"a": [[{"b": {"d": [{"g": 2}]}}], None]}, "y": {"z": []}}]
+    rows = [
+        {"x": nested, "y": None, "deep": {"a": {"b": 1}}},
+        {"x": {"a": [[{"b": {"d": [{"g": 2}]}}], None]}, "y": {"z": []}, "deep": {"a": {"c": 1}}},
+    ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
     assert [row.values for row in read_rows(find_sources([str(tmp_path / "rows.parquet")], "files"))] == rows
 
