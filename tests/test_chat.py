@@ -66,11 +66,11 @@ TEMPLATES = {
     "writes thinking before the last answer": (
         CHATML.replace("{{ m.content }}", "{% if loop.last and m.role == 'assistant' %}<think></think>{% endif %}{{ m.content }}"),
         "<think></think> a <|im_end|>"),
-    "ends turns with text": (CHATML.replace("<|im_end|>", "###"), RowError("", "no control token ends message 1")),
-    "ends turns with nothing": (CHATML.replace("<|im_end|>\n", ""), RowError("", "no control token ends message 1")),
+    "ends turns with text": (CHATML.replace("<|im_end|>", "###"), RowError("", "message 1: no control token of this tokenizer ends it")),
+    "ends turns with nothing": (CHATML.replace("<|im_end|>\n", ""), RowError("", "message 1: no control token of this tokenizer ends it")),
     "rewrites answers": (CHATML.replace("{{ m.content }}", "{{ m.content | upper }}"), RowError("", "as it stands")),
     "another header than the prompt": (CHATML.replace("prompt %}<|im_start|>assistant", "prompt %}<|im_start|>bot"),
-                                       RowError("", "does not begin with what the generation prompt writes")),
+                                       RowError("", "they do not agree")),
     "raises": ("{{ raise_exception('only in pairs') }}", RowError("", "only in pairs")),
 }  # fmt: skip
 

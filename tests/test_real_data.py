@@ -69,4 +69,4 @@ def test_data_show_prints_what_is_trained(qwen, gsm8k, posttrain):
     trained = "".join(p for p, t in zip(rows[0]["pieces"], rows[0]["trained"], strict=True) if t)
     assert trained.startswith("Janet sells 16 - 3 - 4 = <<16-3-4=9>>9") and trained.endswith("#### 18<|im_end|>")
     coloured = posttrain(*arguments, FORCE_COLOR="1").stdout
-    assert "\x1b[1;32m####" in coloured and "\x1b[2;36m<|im_start|>" in coloured  # trained, and not
+    assert "\x1b[1;32m####" in coloured and "\x1b[4;90m<|im_start|>" in coloured  # trained, and not

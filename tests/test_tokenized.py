@@ -34,7 +34,7 @@ def test_workers_make_the_same_cache_as_one_process(load, tmp_path, monkeypatch)
     monkeypatch.setattr(tokenized, "ROWS_BEFORE_WORKERS", 20)
     monkeypatch.setattr(tokenized, "ROWS_A_CHUNK", 16)
     there = load(num_workers=2, cache=tmp_path / "other")
-    for name in ("ids", "trained", "begins_N", "ends_N", "rows_N"):
+    for name in ("ids", "weights", "begins_N", "ends_N", "rows_N"):
         assert np.array_equal(getattr(here, name), getattr(there, name)), name
 
 

@@ -15,6 +15,7 @@ from posttrain.cli.begin import (
     Model,
     Overrides,
     check_needed,
+    dated,
     hand_to_processes,
     home_of,
     is_main,
@@ -71,6 +72,7 @@ def sft(
         say_ignored(resolved)
         from posttrain.loops.sft import sft as run
 
+        resolved = dated(resolved)
         run(resolved.config, resolved.as_yaml(), dump_gradients)
         return
     from posttrain.loops.sft import evaluate_loss

@@ -44,6 +44,22 @@ def resolve(options: list[str] | None, given: dict[str, str | None], model: str 
     return compose([*saved, *here, *(options or []), *flags])
 
 
+def dated(resolved: Resolved) -> Resolved:
+    """With the day that templates print: the one given, else that of the run which goes on here, else today."""
+    import datetime
+    from dataclasses import replace
+
+    import yaml
+
+    config = resolved.config
+    if config.data.date:
+        return resolved
+    saved = Path(config.trainer.default_local_dir) / "config.yaml"
+    began = yaml.safe_load(saved.read_text()).get("data", {}).get("date") if saved.exists() else None
+    data = config.data.model_copy(update={"date": began or datetime.date.today().isoformat()})
+    return replace(resolved, config=config.model_copy(update={"data": data}))
+
+
 def check_needed(resolved: Resolved, needs_val: bool) -> None:
     """Raise InputError where something that a run needs is not named, or is not there."""
     from posttrain.data.sources import find_sources

@@ -45,30 +45,41 @@ def data_show(
     files: Annotated[list[str] | None, typer.Option("--files", help="Rows to show; or data.train_files=.")] = None,
     tokenizer: Annotated[str | None, typer.Option("--tokenizer", help="Tokenizer folder or hub name.")] = None,
     chat_template: Annotated[str | None, typer.Option("--chat_template", help="File with a chat template.")] = None,
-    rows: Annotated[int | None, typer.Option(help="How many rows; not given: 3, or all with --json.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a row.")] = False,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="How many; not given: 3, 20 with --html, all with --step and --json.")
+    ] = None,
+    step: Annotated[
+        int | None, typer.Option(min=0, help="Show the batch of this step, from 0, as it is packed.")
+    ] = None,
+    html: Annotated[str | None, typer.Option("--html", help="Write one self-contained page there.")] = None,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="One JSON object a sample: whole, with `truncated` telling what would be cut."),
+    ] = False,
 ) -> None:
-    """Show rows as they will be trained: trained tokens in colour. Needs no model weights."""
-    from itertools import islice
+    """Show rows as they will be trained, after truncation and packing, token by token. Needs no model weights."""
+    if html and as_json:
+        raise InputError("--html and --json: give one of them.")
+    given = [f"data.train_files={list(files)!r}"] if files else []
+    flags = {"model.tokenizer_path": tokenizer, "data.chat_template": chat_template}
+    resolved = resolve([*(options or []), *given], flags, None)
+    from posttrain.data.show.page import Group, write_page
+    from posttrain.data.show.terminal import json_lines, print_groups
+    from posttrain.loops.showing import Showing
 
-    given = {"model.tokenizer_path": tokenizer, "data.chat_template": chat_template}
-    config = resolve(options, given, None).config
-    from posttrain.data.formats import Columns
-    from posttrain.data.show import coloured, shown_rows
-    from posttrain.data.sources import find_sources, read_rows
-    from posttrain.loops.training_data import chat_maker
-
-    data = config.data
-    sources = find_sources(files or data.train_files, "data.train_files", data.train_split, data.hub_config)
-    columns = Columns.of(data)
-    wanted = islice(read_rows(sources), rows if rows is not None or as_json else 3)
-    for shown in shown_rows(wanted, columns, chat_maker(config)()):
-        if as_json:
-            print_json(shown, indent=None)
-        else:
-            from rich.console import Console
-
-            Console(highlight=False).print(coloured(shown))
+    showing = Showing(resolved)
+    if step is None:
+        count = rows or (None if as_json else 20 if html else 3)
+        groups = [Group(showing.first_rows(count))]
+    else:
+        groups = showing.step(step, rows)
+    if as_json:
+        for told in json_lines(groups):
+            print_json(told, indent=None)
+    elif html:
+        print(write_page(html, showing.summary(step), groups))
+    else:
+        print_groups(groups)
 
 
 @data_app.command("batches")

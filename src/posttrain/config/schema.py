@@ -5,6 +5,7 @@ The sentence below a field is what `posttrain sft --help` prints. Names follow v
 
 from __future__ import annotations
 
+import datetime
 import os
 import re
 from typing import Annotated, Any, Literal
@@ -53,6 +54,13 @@ def _checked_endpoint(endpoint: str) -> str:
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise ValueError(f"{endpoint!r} is not HOST:PORT, such as node1:29500")
     return endpoint
+
+
+def _checked_date(text: str) -> str:
+    try:
+        return datetime.date.fromisoformat(text).isoformat()
+    except ValueError:
+        raise ValueError(f"{text!r} is not a day, such as 2026-01-31") from None
 
 
 PathText = Annotated[str, AfterValidator(_checked_path)]
@@ -145,6 +153,26 @@ class DataOptions(Section):
     """Text put in front as a system message where a row has none."""
     chat_template: PathText | None = None
     """File with the chat template to use instead of the tokenizer's own; it is saved with the model."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """What the chat template is given besides messages and tools; a row's own `chat_template_kwargs` come first."""
+    enable_thinking: bool | None = None
+    """Whether templates that know `enable_thinking` let the model think: true, false, or null, which leaves it to the
+    template. A row's own `enable_thinking` comes first."""
+    date: Annotated[str, AfterValidator(_checked_date)] | None = None
+    """The day that templates print which print one, as 2026-01-31. Not given: the day the run began; resuming keeps it."""
+    train_on: Literal["all", "last"] = "all"
+    """Which turns of `data.train_roles` are trained: all of a conversation or its last. A message's own `train`, `loss_mask`
+    or `weight` comes first."""
+    train_roles: Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)] = ["assistant"]
+    """Whose turns are trained."""
+    train_reasoning: bool = True
+    """Train the reasoning before an answer too; `false` leaves it as context."""
+    expand_turns: bool = False
+    """Make one sample of each trained turn, rendered as inference would see it, with all before it as context: for templates
+    that leave earlier reasoning out. `false` renders a conversation once, and trains what that rendering still contains."""
+    control_strings: Literal["text", "allow"] = "text"
+    """What becomes of a control string, such as <|im_end|>, that a user, a system prompt or a tool merely wrote: ordinary text,
+    or (allow) a control token as everywhere else."""
     max_length: PositiveInt = 4096
     """Longest sample in tokens. What happens to longer ones is `data.truncation`; how many there were is always printed."""
     truncation: Literal["error", "drop", "left", "right"] = "error"

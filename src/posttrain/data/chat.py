@@ -1,145 +1,352 @@
-"""Conversation -> token ids and, for each, whether it is trained: what the model must produce itself.
+"""Conversation -> token ids, and for each its weight as a target and where it came from.
 
-A conversation is rendered once, whole, by the model's own template. An assistant turn's span begins where the rendering
-of the messages before it, with the generation prompt, ends; its content must follow there, then one control token that
-ends the turn. What cannot be shown to be so is refused with the reason, never guessed.
+A conversation is rendered once, whole, by the model's own template. What is trained is decided by where each character came
+from (`posttrain.data.provenance`); what cannot be shown is refused with the reason, never guessed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import date
 from typing import Any
 
 import numpy as np
 
+from posttrain.config.schema import DataOptions
+from posttrain.data.controls import ControlStrings
 from posttrain.data.encoded import NO_MESSAGE, Encoded, Part, Turn
-from posttrain.data.formats import RowError, check_trainable, prompt_of
+from posttrain.data.formats import RowError, prompt_of
+from posttrain.data.provenance.borders import REFUSED, UNPROVEN, Borders
+from posttrain.data.provenance.marked import code_parts
+from posttrain.data.provenance.messages import MarkedConversation
+from posttrain.data.provenance.template import MarkedTemplate, Rendered
+from posttrain.data.provenance.turns import Span, find_span
 from posttrain.errors import InputError
-from posttrain.records import Conversation
+from posttrain.records import Conversation, Tokens
 
-_PROBE = "posttrain7probe"  # stands in for an answer, to see what a template writes around one
-_UNPROVEN = "template cannot be masked"
+ASSISTANT = "assistant"
 
 
 @dataclass(frozen=True)
-class Span:
-    """Characters [start, end) that the model must produce, its end-of-turn token included."""
+class Rules:
+    """Which turns are trained, and how conversations are rendered; the options of `data` that change ids or masks.
 
-    start: int
-    end: int
-    message: int = 0
+    A weight that a message carries itself comes before `train_on` and `roles`. `today` is the day that templates may print.
+    """
+
+    train_on: str = "all"  # or "last"
+    roles: tuple[str, ...] = (ASSISTANT,)
+    reasoning: bool = True
+    expand_turns: bool = False
+    control_strings: str = "text"  # or "allow"
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    today: date = field(default_factory=date.today)
+
+    @classmethod
+    def of(cls, data: DataOptions) -> Rules:
+        """The rules that the options ask for."""
+        thinking = {} if data.enable_thinking is None else {"enable_thinking": data.enable_thinking}
+        return cls(
+            data.train_on,
+            tuple(data.train_roles),
+            data.train_reasoning,
+            data.expand_turns,
+            data.control_strings,
+            {**data.chat_template_kwargs, **thinking},
+            date.fromisoformat(data.date) if data.date else date.today(),
+        )
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A rendered conversation before it is tokenized. `spans` are of turns with a weight, and of others where they are known."""
+
+    rendered: Rendered
+    messages: list[dict[str, Any]]
+    spans: list[tuple[Span, float, str]]
+    notes: list[str]
 
 
 class ChatTokenizer:
     """A tokenizer and its chat template, as one reader of conversations.
 
-    `tokenizer` is a fast tokenizer of transformers. Raises InputError where it has no template, is not a fast one, or
-    has no token that could end a turn.
+    `tokenizer` is a fast tokenizer of transformers. Raises InputError where it has no template, one that does not compile,
+    is not a fast one, or has no token that could end a turn.
     """
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: Any, rules: Rules | None = None):
         name = tokenizer.name_or_path or "the tokenizer"
         if not tokenizer.is_fast:
             raise InputError(f"{name}: only fast tokenizers (tokenizer.json) tell where a token lies in the text.")
         if not tokenizer.chat_template:
             raise InputError(f"{name} has no chat template. Give one: data.chat_template=FILE.jinja")
-        self.tokenizer = tokenizer
-        self._backend = _keeping_offsets(tokenizer.backend_tokenizer)
-        self._control = sorted((str(t) for t in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
-        if not self._control:
+        if not tokenizer.added_tokens_decoder:
             raise InputError(f"{name} has no control token, so that nothing can end an assistant's turn.")
+        self.tokenizer, self.rules = tokenizer, rules or Rules()
+        self._backend = _keeping_offsets(tokenizer.backend_tokenizer)
+        self._controls = ControlStrings(self._backend, tokenizer.added_tokens_decoder)
+        self._borders: dict[str, Borders] = {}
+        self._prints_date = "strftime_now" in str(tokenizer.chat_template)
+        self._kwargs = self.rules.template_kwargs
+        self._borders_for(None if isinstance(tokenizer.chat_template, str) else [])
 
-    def render(self, messages: list[dict[str, Any]], generation_prompt: bool = False) -> str:
-        """The text that the template writes. Raises RowError where the template refuses the messages."""
-        from jinja2 import TemplateError
+    @property
+    def rules_key(self) -> str:
+        """Changes with every rule that changes ids or weights; with the date only where the template prints one."""
+        return repr(self.rules if self._prints_date else replace(self.rules, today=date.min))
 
-        try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
-        except (TemplateError, TypeError, ValueError) as error:
-            raise RowError("refused by the template", f"the chat template says: {error}") from None
+    def encode(self, conversation: Conversation | Tokens) -> Encoded:
+        """The first sample of the conversation. Raises RowError."""
+        samples = self.encode_many([conversation])[0]
+        if isinstance(samples, RowError):
+            raise samples
+        return samples[0]
 
-    def encode(self, conversation: Conversation) -> Encoded:
-        """Ids, equal to those of `apply_chat_template`, and which of them are trained. Raises RowError."""
-        encoded = self.encode_many([conversation])[0]
-        if isinstance(encoded, RowError):
-            raise encoded
-        return encoded[0]
-
-    def encode_many(self, conversations: Sequence[Conversation]) -> list[list[Encoded] | RowError]:
+    def encode_many(self, conversations: Sequence[Conversation | Tokens]) -> list[list[Encoded] | RowError]:
         """The samples of each, tokenized on all cores; a bad row gives its RowError in its place."""
-        rendered: list[tuple[str, list[Span]] | RowError] = []
+        drafts: list[list[_Draft] | RowError | Tokens] = []
         for conversation in conversations:
             try:
-                check_trainable(conversation)
-                rendered.append(self._spans(conversation.messages))
+                drafts.append(conversation if isinstance(conversation, Tokens) else list(self._drafts(conversation)))
             except RowError as error:
-                rendered.append(error)
-        texts = [item[0] for item in rendered if not isinstance(item, RowError)]
+                drafts.append(error)
+        texts = [draft.rendered.text for item in drafts if isinstance(item, list) for draft in item]
         tokens = iter(self._backend.encode_batch(texts, add_special_tokens=False))
-        masked = [item if isinstance(item, RowError) else _masked(*item, next(tokens)) for item in rendered]
-        return [item if isinstance(item, RowError) else [item] for item in masked]
+        results: list[list[Encoded] | RowError] = []
+        for item in drafts:
+            if isinstance(item, RowError):
+                results.append(item)
+            elif isinstance(item, Tokens):
+                results.append([self._ready_made(item)])
+            else:
+                results.append(self._masked_all([(draft, next(tokens)) for draft in item]))
+        return results
 
     def prompt_ids(self, conversation: Conversation) -> np.ndarray:
         """Ids (int32) of the messages before the last assistant's turn, with the header that asks for an answer."""
-        text = self.render(prompt_of(conversation.messages), generation_prompt=True)
-        return np.asarray(self._backend.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+        asked = replace(conversation, messages=prompt_of(conversation.messages), weights=None)
+        rendered, messages, _, _ = self._render(asked, prompt=True)
+        tokens = self._backend.encode(rendered.text, add_special_tokens=False)
+        return self._ids_and_offsets(rendered, messages, tokens)[0]
 
-    def _spans(self, messages: list[dict[str, Any]]) -> tuple[str, list[Span]]:
-        text = self.render(messages)
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        return text, [self._span(text, messages, turn) for turn in turns]
+    def _drafts(self, conversation: Conversation) -> Iterator[_Draft]:
+        if not conversation.messages:
+            raise RowError("no messages", "the conversation is empty")
+        chosen = self._chosen(conversation)
+        if not any(weight for weight, _ in chosen.values()):
+            raise _nothing_chosen(conversation, self.rules)
+        if not self.rules.expand_turns:
+            yield self._draft(conversation, chosen)
+            return
+        for turn, (weight, why) in chosen.items():
+            if weight:
+                others = {t: (0.0, "it has a sample of its own") for t in chosen if t < turn}
+                until = replace(conversation, messages=conversation.messages[: turn + 1], weights=None)
+                yield self._draft(until, {**others, turn: (weight, why)})
 
-    def _span(self, text: str, messages: list[dict[str, Any]], turn: int) -> Span:
-        """Where the turn's own characters lie in `text`, the rendering of all messages."""
-        before = self.render(messages[:turn], generation_prompt=True)
-        through = text if turn == len(messages) - 1 else self.render(messages[: turn + 1])
-        if not text.startswith(through):
-            raise RowError(_UNPROVEN, f"the template writes message {turn} otherwise once the conversation goes on")
-        if not through.startswith(before):
-            raise RowError(_UNPROVEN, f"message {turn} does not begin with what the generation prompt writes")
-        around = self._around(messages, turn, through[len(before) :], before)
-        marker = around.lstrip()
-        for control in self._control:
-            if marker.startswith(control):
-                return Span(len(before), len(through) - len(marker) + len(control), turn)
-        raise RowError(_UNPROVEN, f"no control token ends message {turn}: after it comes {around[:20]!r}")
+    def _draft(self, conversation: Conversation, chosen: dict[int, tuple[float, str]]) -> _Draft:
+        rendered, messages, marked, notes = self._render(conversation)
+        borders = self._borders_for(conversation.tools)
+        spans: list[tuple[Span, float, str]] = []
+        for turn, (weight, why) in chosen.items():
+            try:
+                span = find_span(borders, marked, rendered, turn, header=messages[turn]["role"] == ASSISTANT)
+            except RowError:
+                if weight:
+                    raise
+                continue  # nothing of it is trained, so that nothing need be proven
+            if spans and span.start < spans[-1][0].end:
+                raise RowError(UNPROVEN, f"messages {spans[-1][0].message} and {turn} overlap in the rendered text")
+            spans.append((span, weight, why))
+            notes += span.notes if weight else ()
+        return _Draft(rendered, messages, spans, notes)
 
-    def _around(self, messages: list[dict[str, Any]], turn: int, written: str, before: str) -> str:
-        """What the template writes after the turn's content, shown to be all of that content."""
-        content = messages[turn].get("content")
-        if not isinstance(content, str) or messages[turn].get("tool_calls"):
-            raise RowError(_UNPROVEN, f"message {turn} holds tool calls, whose place in the text is not proven")
-        for form in (content, content.strip()):
-            if form and written.startswith(form):
-                return written[len(form) :]
-        probe = self.render([*messages[:turn], {**messages[turn], "content": _PROBE}])
-        lead, found, rest = probe[len(before) :].partition(_PROBE)
-        for form in (content, content.strip()):
-            if found and probe.startswith(before) and written == lead + form + rest:
-                return rest
-        raise RowError(_UNPROVEN, f"the template does not write the content of message {turn} as it stands")
+    def _chosen(self, conversation: Conversation) -> dict[int, tuple[float, str]]:
+        """The turns that could be trained: each one's weight, and by whose choice."""
+        rules, weights = self.rules, conversation.weights or (None,) * len(conversation.messages)
+        last = max((i for i, m in enumerate(conversation.messages) if m["role"] in rules.roles), default=-1)
+        chosen = {}
+        for turn, (message, weight) in enumerate(zip(conversation.messages, weights, strict=True)):
+            if weight is not None and (weight or message["role"] in rules.roles):
+                chosen[turn] = (float(weight), "the row gives its weight")
+            elif message["role"] in rules.roles:
+                is_chosen = rules.train_on == "all" or turn == last
+                chosen[turn] = (float(is_chosen), f"data.train_on={rules.train_on}")
+        return chosen
+
+    def _render(
+        self, conversation: Conversation, prompt: bool = False
+    ) -> tuple[Rendered, list[dict[str, Any]], MarkedConversation, list[str]]:
+        """The text of `apply_chat_template` with its origins, the messages in the form that the template takes, and notes.
+
+        Where the template refuses messages as they stand, a null text is given as an empty one and arguments of tool calls
+        in their other form (JSON text or object); arguments that would be encoded twice are given as objects.
+        """
+        borders = self._borders_for(conversation.tools)
+        variables = {**self.tokenizer.special_tokens_map, **self._kwargs, **conversation.template_kwargs}
+        first_error = None
+        for messages, note in _forms(conversation.messages):
+            marked = MarkedConversation(messages, conversation.tools, variables)
+            try:
+                rendered = borders.render(marked, prompt=prompt)
+            except RowError as error:
+                first_error = first_error or error
+                continue
+            if marked.trace.encoded_again:
+                first_error = first_error or RowError(
+                    REFUSED, "it encodes the arguments of tool calls as JSON a second time"
+                )
+                continue
+            self._check_equal(rendered, conversation, messages, prompt)
+            return rendered, messages, marked, [note] if note else []
+        assert first_error
+        raise first_error
+
+    def _check_equal(
+        self, rendered: Rendered, conversation: Conversation, messages: list[dict[str, Any]], prompt: bool
+    ) -> None:
+        kwargs = {**self._kwargs, **conversation.template_kwargs}
+        try:
+            expected = self.tokenizer.apply_chat_template(
+                messages, tools=conversation.tools, tokenize=False, add_generation_prompt=prompt, **kwargs
+            )
+        except Exception as error:  # what it raises is the template's choice
+            raise RowError(REFUSED, f"the chat template says: {error}") from None
+        if rendered.text != expected and not (self._prints_date and self.rules.today != date.today()):
+            raise RowError(UNPROVEN, "following where its text comes from changes what the template writes")
+
+    def _borders_for(self, tools: Any) -> Borders:
+        from jinja2 import TemplateError
+
+        source = self.tokenizer.get_chat_template(None, tools)
+        if source not in self._borders:
+            try:
+                template = MarkedTemplate(source, self.rules.today)
+            except TemplateError as error:
+                raise InputError(
+                    f"The chat template does not compile: {error}. Mend it, or give another: data.chat_template=FILE.jinja"
+                ) from None
+            self._borders[source] = Borders(template, self._controls.strings)
+        return self._borders[source]
+
+    def _masked_all(self, drafts: list[tuple[_Draft, Any]]) -> list[Encoded] | RowError:
+        try:
+            return [self._masked(draft, tokens) for draft, tokens in drafts]
+        except RowError as error:
+            return error
+
+    def _masked(self, draft: _Draft, tokens: Any) -> Encoded:
+        rendered, notes = draft.rendered, list(draft.notes)
+        ids_T, offsets_TC, typed = self._ids_and_offsets(rendered, draft.messages, tokens)
+        notes += [
+            f"message {m}: {text!r} is encoded as text" if m >= 0 else f"{text!r} in the tools is encoded as text"
+            for m, text in typed
+        ]
+        starts_T = offsets_TC[:, 0]
+        weights_T = np.zeros(len(ids_T), dtype=np.float32)
+        messages_T, parts_T = code_parts(rendered.code_array[np.minimum(starts_T, max(len(rendered.text) - 1, 0))])
+        turns = []
+        for span, weight, why in draft.spans:
+            begin, end = self._tokens_of(rendered.text, span, offsets_TC, ids_T, strict=weight > 0)
+            messages_T[begin:end] = span.message
+            parts_T[end - 1] = Part.END
+            weights_T[begin:end] = weight
+            if not self.rules.reasoning:
+                weights_T[begin : int(np.searchsorted(starts_T, span.reasoning_end, "left"))] = 0
+            turns.append(Turn(span.message, begin, end, weight, why))
+        return Encoded(rendered.text, ids_T, weights_T, offsets_TC, messages_T, parts_T, tuple(turns), tuple(notes))
+
+    def _tokens_of(
+        self, text: str, span: Span, offsets_TC: np.ndarray, ids_T: np.ndarray, strict: bool
+    ) -> tuple[int, int]:
+        """The span's tokens: [begin, end). A token that the header shares with what the template writes next is the header's.
+
+        Raises RowError, if `strict`, where a token lies across a border of the turn's own text or no single token ends it.
+        """
+        begin = int(np.searchsorted(offsets_TC[:, 1], span.start, "right"))
+        end = int(np.searchsorted(offsets_TC[:, 0], span.end, "left"))
+        if begin < end and offsets_TC[begin, 0] < span.start and offsets_TC[begin, 1] <= span.own_start:
+            begin += 1
+        if strict:
+            first, last = (offsets_TC[begin, 0], offsets_TC[end - 1, 1]) if begin < end else (span.start, -1)
+            if first < span.start or last > span.end:
+                piece = text[slice(*offsets_TC[begin if first < span.start else end - 1])]
+                raise RowError(UNPROVEN, f"the token {piece!r} lies across the border of message {span.message}")
+            if last < span.end or not self._controls.is_control(ids_T[end - 1 : end])[0]:
+                raise RowError(UNPROVEN, f"what ends message {span.message} is not one token of this tokenizer")
+        return begin, end
+
+    def _ids_and_offsets(
+        self, rendered: Rendered, messages: list[dict[str, Any]], tokens: Any
+    ) -> tuple[np.ndarray, np.ndarray, list[tuple[int, str]]]:
+        """Ids (int32) and offsets; control strings that others than the assistant typed become text, and are listed."""
+        ids_T = np.asarray(tokens.ids, dtype=np.int32)
+        offsets_TC = np.asarray(tokens.offsets, dtype=np.int32).reshape(-1, 2)
+        if self.rules.control_strings == "allow":
+            return ids_T, offsets_TC, []
+        theirs = [message["role"] != ASSISTANT for message in messages]
+        return self._controls.as_text(rendered, theirs, ids_T, offsets_TC)
+
+    def _ready_made(self, tokens: Tokens) -> Encoded:
+        """A row that came as tokens, each of which is a piece of text of its own."""
+        pieces = [self.tokenizer.decode([i]) for i in tokens.ids_T.tolist()]
+        ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int32)
+        offsets_TC = np.stack([np.concatenate([[0], ends[:-1]]), ends], axis=1).astype(np.int32)
+        none_T, parts_T = np.full(len(pieces), NO_MESSAGE, np.int32), np.full(len(pieces), Part.UNKNOWN, np.uint8)
+        return Encoded("".join(pieces), tokens.ids_T, tokens.weights_T, offsets_TC, none_T, parts_T)
 
 
-def _masked(text: str, spans: list[Span], tokens: Any) -> Encoded | RowError:
-    offsets_TC = np.asarray(tokens.offsets, dtype=np.int32).reshape(-1, 2)
-    starts, ends = offsets_TC.T
-    weights_T = np.zeros(len(starts), dtype=np.float32)
-    messages_T, parts_T = np.full(len(starts), NO_MESSAGE), np.zeros(len(starts), dtype=np.uint8)
-    turns = []
-    for span in spans:
-        inside = (starts >= span.start) & (ends <= span.end)
-        straddles = ~inside & (starts < span.end) & (ends > span.start)
-        if straddles.any():
-            piece = text[slice(*offsets_TC[int(straddles.argmax())])]
-            return RowError(_UNPROVEN, f"the token {piece!r} lies across the border of an assistant's turn")
-        weights_T[inside] = 1
-        messages_T[inside], parts_T[inside] = span.message, Part.TEXT
-        first, *_, last = np.flatnonzero(inside).tolist() * 2
-        parts_T[last] = Part.END
-        turns.append(Turn(span.message, first, last + 1, 1.0, "all assistant turns"))
-    ids_T = np.asarray(tokens.ids, dtype=np.int32)
-    return Encoded(text, ids_T, weights_T, offsets_TC, messages_T, parts_T, tuple(turns))
+def _nothing_chosen(conversation: Conversation, rules: Rules) -> RowError:
+    roles = dict.fromkeys(message["role"] for message in conversation.messages)
+    if not roles.keys() & set(rules.roles):
+        last = conversation.messages[-1]["role"]
+        return RowError(
+            "no turn to train on",
+            f"the last message is from '{last}' and none is from '{' or '.join(rules.roles)}'; SFT needs a final "
+            f"'{rules.roles[0]}' message to train on",
+        )
+    return RowError("no turn to train on", "every turn has the weight 0")
+
+
+def _forms(messages: list[dict[str, Any]]) -> Iterator[tuple[list[dict[str, Any]], str]]:
+    """The messages as they stand, then in forms that a template may ask for, each with what a person should know of it."""
+    yield messages, ""
+    filled = [{**m, "content": ""} if m.get("content") is None else m for m in messages]
+    if filled != messages:
+        yield filled, "the template cannot take a message without text: it was given an empty one"
+    for form, name in ((_as_objects, "objects"), (_as_texts, "JSON text")):
+        for base in (messages, filled) if filled != messages else (messages,):
+            changed = [_with_arguments(message, form) for message in base]
+            if changed != base:
+                yield changed, f"the template takes arguments of tool calls as {name}: they were given so"
+
+
+def _with_arguments(message: dict[str, Any], form: Any) -> dict[str, Any]:
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list):
+        return message
+    changed = []
+    for call in calls:
+        function = call.get("function") if isinstance(call, dict) else None
+        if isinstance(function, dict) and "arguments" in function:
+            call = {**call, "function": {**function, "arguments": form(function["arguments"])}}
+        elif isinstance(call, dict) and "arguments" in call:
+            call = {**call, "arguments": form(call["arguments"])}
+        changed.append(call)
+    return {**message, "tool_calls": changed}
+
+
+def _as_objects(arguments: Any) -> Any:
+    try:
+        return json.loads(arguments) if isinstance(arguments, str) else arguments
+    except ValueError:
+        return arguments
+
+
+def _as_texts(arguments: Any) -> Any:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
 def _keeping_offsets(backend: Any) -> Any:

@@ -84,18 +84,6 @@ def conversation_of(row: dict[str, Any], columns: Columns) -> Conversation:
     return conversation
 
 
-def check_trainable(conversation: Conversation) -> None:
-    """Raise RowError unless the conversation ends with an assistant's turn."""
-    if not conversation.messages:
-        raise RowError("no messages", "the conversation is empty")
-    last = conversation.messages[-1]["role"]
-    if last != "assistant":
-        raise RowError(
-            "no assistant turn at the end",
-            f"the last message is from '{last}'; SFT needs a final 'assistant' message to train on",
-        )
-
-
 def prompt_of(messages: Messages) -> Messages:
     """The messages before the assistant's last turn: what a model is asked."""
     return messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages

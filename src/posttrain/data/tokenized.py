@@ -1,8 +1,9 @@
 """The memory-mapped cache of tokenized rows: rendered once, shared by all processes, lengths known before a model loads.
 
 A folder per key, where the key covers rows, tokenizer, template and columns:
-    ids.bin      int32, all rows end to end          trained.bin  bool, the same shape
-    offsets.npy  int64 (N+1), where each row begins  rows.npy     int64 (N), its number among all rows read
+    ids.bin      int32, all samples end to end          weights.bin  uint8, the same shape: which of the weights.npy
+    weights.npy  float32, the weights that there are: first 0, then 1
+    offsets.npy  int64 (N+1), where each sample begins  rows.npy     int64 (N), its row's number among all rows read
     report.json  rows read, rows left out and why, and the places of the first few of each reason
 """
 
@@ -15,7 +16,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import chain, islice
 from multiprocessing import get_context
@@ -30,13 +31,15 @@ from posttrain.data.sources import Row, Source, read_rows
 from posttrain.errors import InputError
 from posttrain.records import Sample
 
-FORMAT = 1  # of the cache; a new number makes all older caches unused
+FORMAT = 2  # of the cache; a new number makes all older caches unused
 ROWS_A_CHUNK = 256
 # Workers take seconds to start, in which one process does about this many rows.
 ROWS_BEFORE_WORKERS = 8192
 PLACES_A_REASON = 5
 
-Outcome = tuple[str, tuple[np.ndarray, np.ndarray] | RowError]  # the row's place; its ids and which are trained
+MOST_WEIGHTS = 256  # different weights in one set of rows
+
+Outcome = tuple[str, list[tuple[np.ndarray, np.ndarray]] | RowError]  # the row's place; ids and weights of its samples
 
 
 @dataclass
@@ -59,7 +62,8 @@ class TokenizedData:
     """Tokenized rows on disk, as a sequence of Samples. `lengths_N` and `num_trained_N` are known without reading them."""
 
     ids: np.ndarray  # int32, memory-mapped
-    trained: np.ndarray  # bool, memory-mapped
+    weights: np.ndarray  # uint8, memory-mapped: indices into `weight_values`
+    weight_values: np.ndarray  # float32; the first is 0
     begins_N: np.ndarray  # int64, after truncation
     ends_N: np.ndarray  # int64
     rows_N: np.ndarray  # int64, number of the row among all that were read
@@ -77,14 +81,16 @@ class TokenizedData:
     def num_trained_N(self) -> np.ndarray:
         """Trained targets of each row; its first token is nobody's target."""
         borders = np.stack([np.minimum(self.begins_N + 1, self.ends_N - 1), self.ends_N], axis=1).reshape(-1)
-        if len(borders) and borders[-1] == len(self.trained):
+        if len(borders) and borders[-1] == len(self.weights):
             borders = borders[:-1]  # the last sum runs to the end by itself
-        sums_N = np.add.reduceat(self.trained, borders, dtype=np.int64)[::2] if len(borders) else np.zeros(0, np.int64)
+        # where all weights are 0 or 1, their indices are booleans already
+        trained = self.weights.view(bool) if len(self.weight_values) == 2 else self.weights > 0
+        sums_N = np.add.reduceat(trained, borders, dtype=np.int64)[::2] if len(borders) else np.zeros(0, np.int64)
         return np.where(self.lengths_N > 1, sums_N, 0)
 
     def __getitem__(self, index: int) -> Sample:
         piece = slice(self.begins_N[index], self.ends_N[index])
-        return Sample(int(self.rows_N[index]), self.ids[piece], self.trained[piece].astype(np.float32))
+        return Sample(int(self.rows_N[index]), self.ids[piece], self.weight_values[self.weights[piece]])
 
 
 def load_tokenized(
@@ -119,6 +125,7 @@ def cache_key(sources: list[Source], columns: Columns, chat: ChatTokenizer) -> s
         chat.tokenizer.backend_tokenizer.to_str(),
         json.dumps(chat.tokenizer.chat_template),
         json.dumps({name: str(token) for name, token in chat.tokenizer.special_tokens_map.items()}),
+        chat.rules_key,
     ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
@@ -144,17 +151,15 @@ def truncated(data: TokenizedData, max_length: int, how: str) -> TokenizedData:
         keep_N = ~long_N
         for row in data.rows_N[long_N]:
             report.drop("longer than data.max_length", f"row {row}")
-    cut = TokenizedData(data.ids, data.trained, begins_N, ends_N, data.rows_N, report, data.fingerprint)
+    cut = replace(data, begins_N=begins_N, ends_N=ends_N, report=report)
     empty_N = keep_N & (cut.num_trained_N == 0)
     for row in data.rows_N[empty_N]:
         report.drop("no trained token left", f"row {row}")
     keep_N &= ~empty_N
-    report.rows_used = int(keep_N.sum())
+    report.rows_used = len(np.unique(data.rows_N[keep_N]))
     if not keep_N.any():
         raise InputError(f"No row is left to train on: {_reasons(report)}")
-    return TokenizedData(
-        data.ids, data.trained, begins_N[keep_N], ends_N[keep_N], data.rows_N[keep_N], report, data.fingerprint
-    )
+    return replace(cut, begins_N=begins_N[keep_N], ends_N=ends_N[keep_N], rows_N=data.rows_N[keep_N])
 
 
 def _build(folder: Path, chunks: Iterable[list[Outcome]], progress: Callable[[int], None]) -> None:
@@ -163,20 +168,22 @@ def _build(folder: Path, chunks: Iterable[list[Outcome]], progress: Callable[[in
     aside.mkdir(parents=True)
     try:
         report, lengths, rows = Report(), [0], []
-        with open(aside / "ids.bin", "wb") as ids, open(aside / "trained.bin", "wb") as trained:
+        values = {0.0: 0, 1.0: 1}
+        with open(aside / "ids.bin", "wb") as ids, open(aside / "weights.bin", "wb") as weights:
             for chunk in chunks:
-                for place, encoded in chunk:
-                    if isinstance(encoded, RowError):
-                        report.drop(encoded.kind, f"{place}: {encoded}")
+                for place, samples in chunk:
+                    if isinstance(samples, RowError):
+                        report.drop(samples.kind, f"{place}: {samples}")
                     else:
-                        ids_T, trained_T = encoded
-                        ids.write(ids_T.tobytes())
-                        trained.write(trained_T.tobytes())
-                        lengths.append(len(ids_T))
-                        rows.append(report.rows_read)
+                        report.rows_used += 1
+                        for ids_T, weights_T in samples:
+                            ids.write(ids_T.tobytes())
+                            weights.write(_indices(weights_T, values, place).tobytes())
+                            lengths.append(len(ids_T))
+                            rows.append(report.rows_read)
                     report.rows_read += 1
                 progress(len(chunk))
-        report.rows_used = len(rows)
+        np.save(aside / "weights.npy", np.asarray(list(values), dtype=np.float32))
         np.save(aside / "offsets.npy", np.cumsum(np.asarray(lengths, dtype=np.int64)))
         np.save(aside / "rows.npy", np.asarray(rows, dtype=np.int64))
         (aside / "report.json").write_text(json.dumps(report.__dict__))
@@ -189,6 +196,15 @@ def _build(folder: Path, chunks: Iterable[list[Outcome]], progress: Callable[[in
         raise InputError(f"Cannot write the cache of tokenized rows: {error}. Choose another data.cache_dir.") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _indices(weights_T: np.ndarray, values: dict[float, int], place: str) -> np.ndarray:
+    """Each weight as its number among `values`, which new ones are added to."""
+    distinct, inverse_T = np.unique(weights_T, return_inverse=True)
+    numbers = [values.setdefault(float(weight), len(values)) for weight in distinct]
+    if len(values) > MOST_WEIGHTS:
+        raise InputError(f"{place}: more than {MOST_WEIGHTS} different weights in one set of rows. Round them.")
+    return np.asarray(numbers, dtype=np.uint8)[inverse_T]
 
 
 def _encode_all(
@@ -237,7 +253,9 @@ def _encode_chunk(chat: ChatTokenizer, columns: Columns, rows: Iterable[Row]) ->
     outcomes: list[Outcome] = []
     for row, conversation in zip(rows, conversations, strict=True):
         result = conversation if isinstance(conversation, RowError) else next(encoded)
-        outcomes.append((row.place, result if isinstance(result, RowError) else (result[0].ids_T, result[0].trained_T)))
+        outcomes.append(
+            (row.place, result if isinstance(result, RowError) else [(e.ids_T, e.weights_T) for e in result])
+        )
     return outcomes
 
 
@@ -274,7 +292,8 @@ def _open(folder: Path, key: str, drop_invalid: bool, names: list[str]) -> Token
     offsets = np.load(folder / "offsets.npy")
     return TokenizedData(
         ids=np.memmap(folder / "ids.bin", dtype=np.int32, mode="r"),
-        trained=np.memmap(folder / "trained.bin", dtype=bool, mode="r"),
+        weights=np.memmap(folder / "weights.bin", dtype=np.uint8, mode="r"),
+        weight_values=np.load(folder / "weights.npy"),
         begins_N=offsets[:-1],
         ends_N=offsets[1:],
         rows_N=np.load(folder / "rows.npy"),

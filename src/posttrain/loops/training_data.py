@@ -11,7 +11,7 @@ import numpy as np
 
 from posttrain.config.schema import Config, DataOptions
 from posttrain.data.batches import Schedule, pack, plan_steps, split
-from posttrain.data.chat import ChatTokenizer
+from posttrain.data.chat import ChatTokenizer, Rules
 from posttrain.data.formats import Columns
 from posttrain.data.sources import Source, find_sources, read_rows
 from posttrain.data.tokenized import TokenizedData, load_tokenized, truncated
@@ -117,11 +117,14 @@ def chat_maker(config: Config) -> partial[ChatTokenizer]:
     """A picklable maker of the run's tokenizer, for worker processes."""
     model = config.model
     path = model.tokenizer_path or find_model(model.path)
-    return partial(make_chat, path, config.data.chat_template, model.revision, model.trust_remote_code)
+    rules = Rules.of(config.data)
+    return partial(make_chat, path, config.data.chat_template, model.revision, model.trust_remote_code, rules)
 
 
-def make_chat(path: str, chat_template: str | None, revision: str | None, trust: bool) -> ChatTokenizer:
-    return ChatTokenizer(load_tokenizer(path, chat_template, revision, trust))
+def make_chat(
+    path: str, chat_template: str | None, revision: str | None, trust: bool, rules: Rules | None = None
+) -> ChatTokenizer:
+    return ChatTokenizer(load_tokenizer(path, chat_template, revision, trust), rules)
 
 
 def data_report(data: TrainingData) -> dict[str, Any]:
@@ -184,7 +187,8 @@ def read_validation_rows(data: TrainingData, count: int) -> list[dict[str, Any]]
 def _facts(rows: TokenizedData) -> dict[str, Any]:
     return {
         "rows_read": rows.report.rows_read,
-        "rows_used": len(rows),
+        "rows_used": rows.report.rows_used,
+        "num_samples": len(rows),
         "rows_dropped": rows.report.rows_dropped,
         "examples": rows.report.places,
         "num_tokens": int(rows.lengths_N.sum()),

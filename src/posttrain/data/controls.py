@@ -1,0 +1,99 @@
+"""Control strings: which token ids steer a model, and keeping what people merely typed from becoming one."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from posttrain.data.encoded import Part
+from posttrain.data.formats import RowError
+from posttrain.data.provenance.marked import code_parts
+from posttrain.data.provenance.template import Rendered
+
+
+class ControlStrings:
+    """The control tokens of a tokenizer. `strings` are their texts."""
+
+    def __init__(self, backend: Any, added_tokens: dict[int, Any]):
+        self._backend = backend
+        self.strings = [str(token) for token in added_tokens.values()]
+        ids = np.fromiter(added_tokens, dtype=np.int64, count=len(added_tokens))
+        self._is_control = np.zeros(int(ids.max(initial=0)) + 1, dtype=bool)
+        self._is_control[ids] = True
+        self._without: Any = None
+
+    def is_control(self, ids_T: np.ndarray) -> np.ndarray:
+        """Which ids are control tokens, as bool of the same shape."""
+        return (ids_T < len(self._is_control)) & self._is_control[np.minimum(ids_T, len(self._is_control) - 1)]
+
+    def as_text(
+        self, rendered: Rendered, theirs: Sequence[bool], ids_T: np.ndarray, offsets_TC: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, list[tuple[int, str]]]:
+        """The ids and offsets with typed control strings encoded as text, and (message, string) of each.
+
+        `theirs[m]`: message m is not the model's own. A control token is typed if all of its characters come from such a
+        message or from the tools. The text between the control tokens around it is encoded anew. Raises RowError where
+        that cannot be shown to equal the rest of the encoding.
+        """
+        controls = np.flatnonzero(self.is_control(ids_T))
+        typed: dict[int, tuple[int, str]] = {}
+        for t in controls.tolist():
+            start, end = offsets_TC[t].tolist()
+            messages, parts = code_parts(rendered.code_array[start:end])
+            if end > start and self._is_typed(messages, parts, theirs, rendered.text[start:end]):
+                typed[t] = (int(messages[0]), rendered.text[start:end])
+        if not typed:
+            return ids_T, offsets_TC, []
+        kept = [t for t in controls.tolist() if t not in typed]
+        ids, offsets, done = [], [], 0
+        for first, last in _gaps(sorted(typed), kept, len(ids_T)):
+            ids += [ids_T[done:first]]
+            offsets += [offsets_TC[done:first]]
+            start, end = int(offsets_TC[first, 0]), int(offsets_TC[last - 1, 1])
+            text_ids, text_offsets = self._encode_as_text(rendered.text[start:end], ids_T[first:last])
+            ids.append(text_ids)
+            offsets.append(text_offsets + start)
+            done = last
+        ids_T = np.concatenate([*ids, ids_T[done:]]).astype(np.int32)
+        return ids_T, np.concatenate([*offsets, offsets_TC[done:]]).astype(np.int32), list(typed.values())
+
+    def _is_typed(self, messages: np.ndarray, parts: np.ndarray, theirs: Sequence[bool], text: str) -> bool:
+        if (parts == Part.UNKNOWN).all():
+            raise RowError("control string of unknown origin", f"it cannot be told whether the template wrote {text!r}")
+        return all(
+            part == Part.TOOLS or (message >= 0 and theirs[message] and part != Part.TEMPLATE)
+            for message, part in zip(messages.tolist(), parts.tolist(), strict=True)
+        )
+
+    def _encode_as_text(self, text: str, with_controls: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        alone = self._backend.encode(text, add_special_tokens=False).ids
+        if alone != with_controls.tolist():
+            raise RowError(
+                "control string typed", "this tokenizer encodes text differently by itself, so that a typed control string "
+                "cannot be made text: remove it, or allow it with data.control_strings=allow",
+            )  # fmt: skip
+        tokens = self._plain().encode(text, add_special_tokens=False)
+        if self.is_control(np.asarray(tokens.ids, dtype=np.int64)).any():
+            raise RowError("control string typed", "this tokenizer makes a control token even of plain text")
+        return np.asarray(tokens.ids, dtype=np.int32), np.asarray(tokens.offsets, dtype=np.int32).reshape(-1, 2)
+
+    def _plain(self) -> Any:
+        """The tokenizer without any control token."""
+        if self._without is None:
+            from tokenizers import Tokenizer
+
+            description = json.loads(self._backend.to_str())
+            description["added_tokens"], description["post_processor"] = [], None
+            self._without = Tokenizer.from_str(json.dumps(description))
+        return self._without
+
+
+def _gaps(typed: list[int], kept: list[int], length: int) -> list[tuple[int, int]]:
+    """The stretches of tokens between control tokens that hold a typed one: [first, last)."""
+    borders = [-1, *kept, length]
+    stretches = [(a + 1, b) for a, b in itertools.pairwise(borders)]
+    return [(a, b) for a, b in stretches if any(a <= t < b for t in typed)]

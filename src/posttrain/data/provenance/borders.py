@@ -1,0 +1,210 @@
+"""Where the tokens that a model must produce begin and end, in the text around a turn's own characters.
+
+A turn begins where the generation prompt ends: the messages before it are rendered with one, and what follows the last
+character of theirs must stand before the turn too. It ends with the last control token that the conversation as it goes on
+and the conversation cut behind the turn have in common.
+
+Both cost a rendering, so answers are kept. An answer is used again for a turn whose surrounding text is the same and whose
+earlier messages are of the same kinds (shapes, and answers to all that the template ever asked of such a message), ordered by
+where each kind last occurs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from os.path import commonprefix
+from typing import Any
+
+import jinja2
+
+from posttrain.data.formats import RowError
+from posttrain.data.provenance.marked import LOST
+from posttrain.data.provenance.messages import REASONING_TAGS, MarkedConversation, Questions
+from posttrain.data.provenance.template import MarkedTemplate, Rendered
+
+UNPROVEN = "template cannot be masked"
+REFUSED = "refused by the template"
+# What a generation prompt may write that the same turn lacks once it is history.
+_OPENED_REASONING = re.compile(
+    "|".join(rf"(?:{re.escape(begin)}\s*(?:{re.escape(end)}\s*)?$)" for begin, end in REASONING_TAGS)
+)
+_PROBE = "posttrain"
+_USER = {"role": "user", "content": _PROBE}
+_KEPT = 50_000  # answers; a set of rows needs a few dozen
+
+
+class Borders:
+    """What a template writes before and after turns, found by rendering and kept."""
+
+    def __init__(self, template: MarkedTemplate, control_strings: list[str]):
+        self.template = template
+        self.questions = Questions()
+        self._controls = re.compile("|".join(map(re.escape, sorted(control_strings, key=len, reverse=True))) or "(?!)")
+        self._kept: dict[Any, Any] = {}
+        self._followed = True
+
+    def render(self, conversation: MarkedConversation, count: int | None = None, prompt: bool = False) -> Rendered:
+        """The first `count` messages as text. Raises RowError where the template refuses them."""
+        count = len(conversation.messages) if count is None else count
+        try:
+            if not count:
+                raise ValueError("there is no message")
+            rendered = self.template.render(**conversation.arguments(count, prompt))
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+            raise RowError(REFUSED, f"the chat template says: {error}") from None
+        self.questions.learn(conversation)
+        self._followed &= conversation.trace.followed
+        return rendered
+
+    def begin(self, conversation: MarkedConversation, turn: int, gap: str, before: int) -> tuple[int, str]:
+        """How much of `gap`, the text between the content before the turn and the turn's own, is the generation prompt.
+
+        `before` is the message whose content ends where the gap begins. The second value is what the prompt writes beyond
+        the gap: the beginning of reasoning that the history lacks, if anything.
+        """
+        found = self._cached(
+            ("begin", gap, turn - before), conversation, turn, lambda: self._begin(conversation, turn, gap, before)
+        )
+        if isinstance(found, str):
+            raise RowError(UNPROVEN, f"message {turn} {found}")
+        return found
+
+    def end(self, conversation: MarkedConversation, turn: int, after: str, inside: str, own: int) -> int:
+        """How much of `after`, the text between the turn's own characters and the next content, belongs to the turn.
+
+        `inside` is what the template writes inside of the turn, `own` the message whose content is the last before `after`.
+        """
+        is_last = turn == len(conversation.messages) - 1
+        key = ("end", after, own - turn, is_last or conversation.plain[turn + 1]["role"])
+
+        def find() -> int | str:
+            return self._end(conversation, turn, after, own)
+
+        found = self._cached(key, conversation, turn + 1, find)
+        if isinstance(found, str):
+            raise RowError(UNPROVEN, f"message {turn}: {found}")
+        last = [match for match in self._controls.finditer(after, 0, found)][-1].group()
+        opener = self._opener_of(last)
+        if opener and opener in inside:
+            raise RowError(UNPROVEN, f"no token ends message {turn}: {last!r} only closes {opener!r}")
+        return found
+
+    def _begin(self, conversation: MarkedConversation, turn: int, gap: str, before: int) -> tuple[int, str] | str:
+        """What follows the earlier content in the prompt for the turn, found at the gap's beginning; else what the flag for a
+        generation prompt adds to a rendering, found once in the gap."""
+        prompt = ""
+        if turn:
+            asked = self.render(conversation, turn, prompt=True)
+            prompt, owner = asked.tail
+            if LOST in asked.codes[len(asked.text) - len(prompt) :]:
+                return "is asked for by an operation that hides where text came from"
+            for header, opened in _headers(prompt):
+                if owner == before and header and gap.startswith(header):
+                    return len(header), opened
+                if owner == before and gap.split() == header.split():
+                    return len(gap), opened  # nothing but the prompt, written with other white space
+        added = self._added_by_the_flag(conversation, turn)
+        for header, opened in _headers(added):
+            if header.strip() and gap.count(header) == 1:
+                return gap.index(header) + len(header), opened
+        return f"begins with {_short(gap)}, and the generation prompt is {_short(prompt or added)}; they do not agree"
+
+    def _added_by_the_flag(self, conversation: MarkedConversation, turn: int) -> str:
+        """What add_generation_prompt adds behind the messages before the turn, or behind a user's where there are none."""
+        earlier = conversation
+        if not turn:
+            earlier = MarkedConversation([_USER], conversation.tools(), conversation.variables)
+        without, asked = (self.render(earlier, turn or 1, prompt=prompt).tail[0] for prompt in (False, True))
+        same = len(_common_prefix(without, asked))
+        cut = [control.start() for control in self._controls.finditer(asked) if control.start() < same < control.end()]
+        return asked[min([same, *cut]) :]
+
+    def _end(self, conversation: MarkedConversation, turn: int, after: str, own: int) -> int | str:
+        cut, owner = self.render(conversation, turn + 1).tail
+        if owner != own:
+            return "cut behind it, the conversation ends with other content"
+        if turn < len(conversation.messages) - 1:
+            return self._shared_end(after, cut)
+        go_on = self._continued(conversation, own)
+        if go_on is None:
+            controls = self._controls.findall(cut)
+            return (
+                self._shared_end(cut, cut)
+                if len(controls) == 1
+                else "what ends it cannot be told from what ends the text"
+            )
+        return self._shared_end(go_on, cut)
+
+    def _shared_end(self, go_on: str, cut: str) -> int | str:
+        shared = len(_common_prefix(go_on, cut))
+        whole = [match for match in self._controls.finditer(go_on) if match.end() <= shared]
+        if not whole:
+            return f"no control token of this tokenizer ends it: what follows is {_short(cut)}"
+        end = whole[-1].end()
+        more = self._controls.sub("", cut[end:]).strip()
+        if more:
+            return f"what ends it is not clear: where the conversation stops, {_short(cut)} follows"
+        return end
+
+    def _continued(self, conversation: MarkedConversation, own: int) -> str | None:
+        """What follows the conversation's last content once it goes on; None where the template never lets it."""
+        last = conversation.plain[-1]
+        calls = last.get("tool_calls") if isinstance(last.get("tool_calls"), list) else None
+        answers = [
+            {"role": "tool", "content": _PROBE, **_answering(call)} for call in calls or [] if isinstance(call, dict)
+        ]
+        for messages in [answers, [_USER]] if answers else [[_USER]]:
+            longer = conversation.extended(messages)
+            try:
+                rendered = self.render(longer)
+            except RowError:
+                continue
+            runs = rendered.runs
+            at = next((i for i, run in enumerate(runs) if run[2] > len(conversation.plain) - 1), None)
+            if at and runs[at - 1][2] == own:
+                return rendered.text[runs[at - 1][1] : runs[at][0]]
+        return None
+
+    def _opener_of(self, control: str) -> str | None:
+        """The control string that this one closes, by its name: </a> and <a>, x_end and x_begin."""
+        for end, begins in (("/", ("",)), ("end", ("begin", "start")), ("END", ("BEGIN", "START"))):
+            for begin in begins:
+                opener = control.replace(end, begin, 1)
+                if opener != control and self._controls.fullmatch(opener):
+                    return opener
+        return None
+
+    def _cached(self, about: Any, conversation: MarkedConversation, count: int, find: Callable[[], Any]) -> Any:
+        key = (about, self._situation(conversation, count))
+        if key in self._kept:
+            return self._kept[key]
+        self._followed = True
+        found = find()
+        if self._followed and len(self._kept) < _KEPT:
+            self._kept[(about, self._situation(conversation, count))] = found  # what was asked may be news
+        return found
+
+    def _situation(self, conversation: MarkedConversation, count: int) -> Any:
+        """The kinds of the first `count` messages, the latest first, each once; tools and variables."""
+        kinds = dict.fromkeys(self.questions.kind(conversation, number) for number in reversed(range(count)))
+        return (tuple(kinds), conversation.tools_key, conversation.variables_key)
+
+
+def _headers(prompt: str) -> list[tuple[str, str]]:
+    """The prompt, and the prompt without the beginning of reasoning that it writes; each with what is left off."""
+    opened = _OPENED_REASONING.search(prompt)
+    return [(prompt, "")] + ([(prompt[: opened.start()], opened.group())] if opened else [])
+
+
+def _common_prefix(a: str, b: str) -> str:
+    return commonprefix([a, b])  # noqa: RUF071 (of characters, not of paths)
+
+
+def _answering(call: dict[str, Any]) -> dict[str, Any]:
+    name = (call.get("function") or {}).get("name") if isinstance(call.get("function"), dict) else None
+    return {key: value for key, value in (("tool_call_id", call.get("id")), ("name", name)) if value is not None}
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:40]} ... {text[-15:]}")

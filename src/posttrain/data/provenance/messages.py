@@ -1,0 +1,193 @@
+"""A conversation as a template gets it: every text marked with the message and the part that it comes from."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from typing import Any
+
+from posttrain.data.encoded import Part
+from posttrain.data.provenance.marked import (
+    TEMPLATE,
+    TOOLS,
+    MarkedDict,
+    Question,
+    Source,
+    Trace,
+    answer,
+    code_of,
+    marked,
+)
+
+REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+REASONING_TAGS = (
+    ("<think>", "</think>"), ("<thinking>", "</thinking>"), ("<reasoning>", "</reasoning>"), ("<thought>", "</thought>"),
+    ("<seed:think>", "</seed:think>"), ("[THINK]", "[/THINK]"),
+)  # fmt: skip
+
+Kind = tuple[Any, ...]  # what of a message a template's course can depend on, as far as is known
+
+
+class Questions:
+    """Which questions a template asks of messages of a shape, learnt from every rendering."""
+
+    def __init__(self) -> None:
+        self._of_shape: dict[Any, dict[Question, None]] = {}
+
+    def learn(self, conversation: MarkedConversation) -> None:
+        """Take in what the last rendering of the conversation asked."""
+        for number, question in conversation.trace.asked:
+            self._of_shape.setdefault(conversation.shapes[number], {})[question] = None
+
+    def kind(self, conversation: MarkedConversation, number: int) -> Kind:
+        """The message's shape and its answers. Messages of one kind lead a template along the same way."""
+        shape = conversation.shapes[number]
+        message = conversation.plain[number]
+        return (shape, *(answer(message, question) for question in self._of_shape.get(shape, ())))
+
+
+class MarkedConversation:
+    """Messages for a template, marked; `plain` are the same without marks, as transformers hands them to templates."""
+
+    def __init__(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, variables: dict[str, Any]):
+        self.trace = Trace()
+        self.plain = [_with_reasoning_names(message) for message in messages]
+        self.shapes = [_shape(message) for message in self.plain]
+        self.messages = [_mark_message(self.trace, number, message) for number, message in enumerate(self.plain)]
+        self.tools_key = None if tools is None else json.dumps(tools, ensure_ascii=False)
+        self._tools = None if self.tools_key is None else _marked_tools(self.tools_key)
+        self.variables = variables
+        self.variables_key = json.dumps(variables, ensure_ascii=False, sort_keys=True, default=str)
+
+    def extended(self, messages: list[dict[str, Any]]) -> MarkedConversation:
+        """The same with more messages at its end."""
+        return MarkedConversation([*self.plain, *messages], self.tools(), self.variables)
+
+    def tools(self) -> list[dict[str, Any]] | None:
+        return None if self.tools_key is None else json.loads(self.tools_key)
+
+    def arguments(self, count: int, generation_prompt: bool) -> dict[str, Any]:
+        """What the template is called with, for the first `count` messages."""
+        self.trace.begin()
+        marks = {key: _mark(value, TEMPLATE, None) for key, value in self.variables.items()}
+        return {
+            **marks,
+            "messages": self.messages[:count],
+            "tools": self._tools,
+            "documents": None,
+            "add_generation_prompt": generation_prompt,
+        }
+
+
+def reasoning_end(text: str) -> int:
+    """Where the reasoning that an answer begins with ends in its text; 0 without any."""
+    for begin, end in REASONING_TAGS:
+        if end not in text:
+            continue
+        if text.lstrip().startswith(begin) or (begin not in text and text.count(end) == 1):
+            return text.index(end) + len(end)
+    return 0
+
+
+def texts_of(content: Any) -> list[str]:
+    """The texts of a message's content: one, or those of its parts."""
+    if isinstance(content, str):
+        return [content]
+    if isinstance(content, list):
+        return [part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)]
+    return []
+
+
+def _with_reasoning_names(message: dict[str, Any]) -> dict[str, Any]:
+    """The message as transformers hands it to a template: without nulls, reasoning under each of its names."""
+    try:
+        from transformers.utils.chat_template_utils import _alias_reasoning_fields
+    except ImportError:  # before transformers 5.20 or so there is one name only
+        return {key: value for key, value in message.items() if value is not None}
+    return _alias_reasoning_fields([{key: value for key, value in message.items() if value is not None}])[0]
+
+
+def _mark_message(trace: Trace, number: int, message: dict[str, Any]) -> dict[str, Any]:
+    result = {}
+    for key, value in message.items():
+        source = Source(trace, number, (key,))
+        if key == "role":
+            result[key] = marked(value, code_of(number, Part.NAME) * len(value), None)
+        elif key == "content":
+            result[key] = _mark_content(value, number, source)
+        elif key in REASONING_FIELDS:
+            result[key] = _mark(value, code_of(number, Part.REASONING), source)
+        elif key in ("tool_calls", "function_call"):
+            result[key] = _mark(value, code_of(number, Part.TOOL_CALL), source)
+        else:
+            result[key] = _mark(value, code_of(number, Part.NAME), source)
+    return result
+
+
+def _mark_content(content: Any, number: int, source: Source) -> Any:
+    code = code_of(number, Part.TEXT)
+    if isinstance(content, str):
+        end = reasoning_end(content)
+        return marked(content, code_of(number, Part.REASONING) * end + code * (len(content) - end), source)
+    if not isinstance(content, list):
+        return _mark(content, code, source)
+    name = code_of(number, Part.NAME)
+    return [
+        {
+            key: marked(value, name * len(value), None) if key == "type" else _mark(value, code, _below(source, i, key))
+            for key, value in part.items()
+        }
+        if isinstance(part, dict)
+        else _mark(part, code, _below(source, i))
+        for i, part in enumerate(content)
+    ]
+
+
+def _mark(value: Any, code: str, source: Source | None) -> Any:
+    if isinstance(value, str):
+        return marked(value, code * len(value), source)
+    if isinstance(value, dict):
+        made = MarkedDict(
+            (
+                marked(key, code * len(key), None) if isinstance(key, str) else key,
+                _mark(item, code, _below(source, key)),
+            )
+            for key, item in value.items()
+        )
+        made._code, made._raw, made._source = code, value, source
+        return made
+    if isinstance(value, list | tuple):
+        return [_mark(item, code, _below(source, i)) for i, item in enumerate(value)]
+    return value
+
+
+def _below(source: Source | None, *path: Any) -> Source | None:
+    return None if source is None else Source(source.trace, source.message, (*source.path, *path))
+
+
+@lru_cache(maxsize=64)
+def _marked_tools(key: str) -> list[Any]:
+    return _mark(json.loads(key), TOOLS, None)
+
+
+def _shape(message: dict[str, Any]) -> tuple[Any, ...]:
+    """The role and what fields there are; of tool calls how many. Everything else is asked for where a template looks."""
+    return tuple((key, value if key == "role" else _outline(value)) for key, value in message.items())
+
+
+def _outline(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_part_outline(item) for item in value)
+    return type(value).__name__ if isinstance(value, str | dict) else value
+
+
+def _part_outline(item: Any) -> Any:
+    if isinstance(item, dict):
+        return tuple((key, value if key == "type" else _outline_of_call(value)) for key, value in item.items())
+    return type(item).__name__ if isinstance(item, str | list) else item
+
+
+def _outline_of_call(value: Any) -> Any:
+    if isinstance(value, dict):
+        return tuple((key, type(item).__name__) for key, item in value.items())
+    return type(value).__name__ if isinstance(value, str | list) else value

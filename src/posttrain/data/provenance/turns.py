@@ -1,0 +1,178 @@
+"""The characters that a model must produce for a turn, shown to be all of the turn's text, or the reason why not."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from posttrain.data.encoded import Part
+from posttrain.data.formats import RowError
+from posttrain.data.provenance.borders import UNPROVEN, Borders
+from posttrain.data.provenance.marked import GENERATED, LOST
+from posttrain.data.provenance.messages import MarkedConversation, reasoning_end, texts_of
+from posttrain.data.provenance.template import Rendered, Run
+
+
+@dataclass(frozen=True)
+class Span:
+    """Characters [start, end) of a turn, the token that ends it included.
+
+    Its own text begins at `own_start`: before that stands what the template writes for it. Its reasoning ends before
+    `reasoning_end`.
+    """
+
+    message: int
+    start: int
+    own_start: int
+    end: int
+    reasoning_end: int
+    notes: tuple[str, ...] = ()
+
+
+def find_span(borders: Borders, conversation: MarkedConversation, rendered: Rendered, turn: int, header: bool) -> Span:
+    """The span of message `turn` in the rendering of the whole conversation.
+
+    `header`: the turn is one that a generation prompt asks for (an assistant's); else it begins with its own text. Raises
+    RowError where the template leaves something out, moves it, or where begin or end cannot be proven.
+    """
+    runs = rendered.runs
+    text = rendered.text
+    first, last = _place(runs, turn)
+    gap_start, before = (runs[first - 1][1], runs[first - 1][2]) if first else (0, -1)
+    own_start = runs[first][0] if first < last else gap_start
+    next_start = runs[last][0] if last < len(runs) else len(text)
+    notes: list[str] = []
+    if first == last and not header:
+        raise RowError(UNPROVEN, f"message {turn} is empty, so that its place cannot be found")
+    start = own_start
+    if header:
+        gap = text[gap_start : own_start if first < last else next_start]
+        length, opened = borders.begin(conversation, turn, gap, before)
+        start = gap_start + length
+        if opened and first == last:
+            raise RowError(
+                UNPROVEN, f"message {turn} is empty, and the template leaves out {opened!r} of its beginning"
+            )
+        if opened:
+            notes.append(f"message {turn}: the generation prompt goes on with {opened!r}, which the conversation lacks")
+    notes += _check_complete(conversation.plain[turn], turn, text, runs[first:last], rendered)
+    own_end = runs[last - 1][1] if first < last else start
+    if first < last:
+        end = own_end + borders.end(
+            conversation, turn, text[own_end:next_start], _scaffold(text, start, runs[first:last]), turn
+        )
+    else:
+        end = gap_start + borders.end(conversation, turn, text[gap_start:next_start], "", before)
+    if end <= start:
+        raise RowError(UNPROVEN, f"message {turn}: the template leaves the turn out")
+    if LOST in rendered.codes[start:end]:
+        raise RowError(
+            UNPROVEN, f"the template writes part of message {turn} by an operation that hides where it came from"
+        )
+    start, end = _generated(rendered, turn, start, own_start, own_end, end)
+    return Span(
+        turn, start, own_start if first < last else end, end, _reasoning_end(runs[first:last], start), tuple(notes)
+    )
+
+
+def _scaffold(text: str, start: int, runs: list[Run]) -> str:
+    """What the template itself writes between a turn's beginning and its last character."""
+    begins, ends = [start, *(run[1] for run in runs)], [run[0] for run in runs]
+    return "\0".join(text[begin:end] for begin, end in zip(begins, ends, strict=False))
+
+
+def _place(runs: list[Run], turn: int) -> tuple[int, int]:
+    """Which runs are the turn's: [first, last), one stretch between those of earlier and of later messages."""
+    own = [i for i, run in enumerate(runs) if run[2] == turn]
+    if not own:
+        place = next((i for i, run in enumerate(runs) if run[2] > turn), len(runs))
+        if any(run[2] < turn for run in runs[place:]):
+            raise RowError(UNPROVEN, f"message {turn} is empty, and the template writes others in another order")
+        return place, place
+    first = last = own[0]
+    while last < len(runs) and runs[last][2] == turn:
+        last += 1
+    if any(run[2] > turn for run in runs[:first]):
+        raise RowError(UNPROVEN, f"the template writes message {runs[first - 1][2]} before message {turn}")
+    elsewhere = [run for run in runs[last:] if run[2] == turn and run[3] != Part.TOOL_CALL]
+    if elsewhere:
+        raise RowError(UNPROVEN, f"the template writes the text of message {turn} in more than one place")
+    return first, last
+
+
+def _check_complete(message: dict[str, Any], turn: int, text: str, runs: list[Run], rendered: Rendered) -> list[str]:
+    """Raise RowError unless all of the message stands in its runs; reasoning that is left out is noted."""
+    owned = {part: "".join(text[start:end] for start, end, _, p in runs if p == part) for part in Part}
+    whole = texts_of(message.get("content"))
+    texts = [part[reasoning_end(part) :] for part in whole]
+    if not _same_text(texts, owned[Part.TEXT]):
+        if not owned[Part.TEXT].strip():
+            raise RowError(UNPROVEN, f"the template leaves out the text of message {turn}")
+        raise RowError(UNPROVEN, f"the template does not write the text of message {turn} as it stands")
+    for call in _calls(message):
+        for leaf in (str(call.get("name", "")), *_leaves(call.get("arguments", call.get("parameters")))):
+            if not any(form in owned[Part.TOOL_CALL] for form in _forms(leaf)):
+                raise RowError(UNPROVEN, f"the template leaves out {leaf[:40]!r} of a tool call in message {turn}")
+    reasoning = "".join(part[: reasoning_end(part)] for part in whole) + str(message.get("reasoning_content") or "")
+    if reasoning.strip() and not owned[Part.REASONING].strip():
+        return [f"message {turn}: the template leaves out its reasoning"]
+    return []
+
+
+def _same_text(texts: list[str], owned: str) -> bool:
+    """Whether the texts stand one after the other, but for white space around each, plain or as JSON."""
+    for form in range(3):
+        rest = owned.strip()
+        for text in texts:
+            stripped = _forms(text.strip())[form]
+            if not rest.startswith(stripped):
+                break
+            rest = rest[len(stripped) :].lstrip()
+        else:
+            if not rest:
+                return True
+    return False
+
+
+def _forms(text: str) -> tuple[str, str, str]:
+    return text, json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1]
+
+
+def _calls(message: dict[str, Any]) -> list[dict[str, Any]]:
+    calls = message.get("tool_calls") or []
+    calls = [call.get("function", call) for call in calls if isinstance(call, dict)]
+    legacy = message.get("function_call")
+    return [*calls, legacy] if isinstance(legacy, dict) else calls
+
+
+def _leaves(value: Any) -> list[str]:
+    """Keys and texts of a tool call's arguments; arguments given as JSON text are one text."""
+    if isinstance(value, str):
+        return [value.strip()]
+    if isinstance(value, dict):
+        return [leaf for key, item in value.items() for leaf in (str(key), *_leaves(item))]
+    return [leaf for item in value for leaf in _leaves(item)] if isinstance(value, list) else []
+
+
+def _reasoning_end(runs: list[Run], start: int) -> int:
+    """Where the first text or call behind the reasoning begins; `start` without reasoning."""
+    if not any(run[3] == Part.REASONING for run in runs):
+        return start
+    last = max(run[1] for run in runs if run[3] == Part.REASONING)
+    return next((run[0] for run in runs if run[0] >= last), last)
+
+
+def _generated(rendered: Rendered, turn: int, start: int, own_start: int, own_end: int, end: int) -> tuple[int, int]:
+    """The span within the template's own {% generation %} block, which must hold the turn's text and nothing before it."""
+    generated = rendered.code_array >= GENERATED
+    if not generated.any():
+        return start, end
+    inside = generated[start:end]
+    if not inside.any():
+        raise RowError(UNPROVEN, f"the template's generation block leaves out message {turn}")
+    if start and generated[start - 1]:
+        raise RowError(UNPROVEN, f"the template's generation block begins before message {turn} does")
+    if not inside[own_start - start : own_end - start].all():
+        raise RowError(UNPROVEN, f"the template's generation block covers only part of message {turn}")
+    return start + int(inside.argmax()), end

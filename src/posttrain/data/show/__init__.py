@@ -1,0 +1,1 @@
+"""Rows as they will be trained: on the terminal, as one page, or as JSON."""
