@@ -127,5 +127,5 @@ def test_columns_can_be_named_with_dots():
     row = {"extra": {"q": "q"}, "a": "a", "reward_model": {"ground_truth": 7}}
     conversation = to_conversation(row, Columns(prompt="extra.q", response="a"))
     assert conversation.messages == turns("q", "a") and conversation.ground_truth == "7"
-    with pytest.raises(InputError, match=r"data.prompt_key=extra.x: there is no column 'x'; found: q"):
+    with pytest.raises(RowError, match=r"data.prompt_key=extra.x: there is no column 'x'; found: q"):
         to_conversation(row, Columns(prompt="extra.x", response="a"))

@@ -14,10 +14,17 @@ data_app = typer.Typer(help="Prepare data, and look at it as it will be trained.
 
 @data_app.command("prepare")
 def data_prepare(
-    name: Annotated[str, typer.Argument(help="Which data set: gsm8k.")],
+    name: Annotated[
+        str,
+        typer.Argument(help="gsm8k, gsm8k_multiturn_sft, multiturn, retool, hellaswag, math, or chat for your own."),
+    ],
     local_save_dir: Annotated[str, typer.Option("--local_save_dir", help="Where train.parquet and test.parquet go.")],
     local_dataset_path: Annotated[
-        str | None, typer.Option("--local_dataset_path", help="Folder with the data; not given: the hub.")
+        str | None, typer.Option("--local_dataset_path", help="Folder or file with the data; not given: the hub.")
+    ] = None,
+    hdfs_dir: Annotated[
+        str | None,
+        typer.Option("--hdfs_dir", help="Folder or URL (hdfs://, s3://, ...) that gets copies of the files."),
     ] = None,
 ) -> None:
     """Turn a data set into parquet files for training and evaluation."""
@@ -25,7 +32,7 @@ def data_prepare(
 
     if name not in PREPARE:
         raise InputError(f"There is no preparation for '{name}'; there is {', '.join(PREPARE)}.")
-    summary = PREPARE[name](local_dataset_path, local_save_dir)
+    summary = PREPARE[name](local_dataset_path, local_save_dir, hdfs_dir)
     for note in summary.pop("notes"):
         print(note)
     for split, made in summary.items():

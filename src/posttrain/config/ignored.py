@@ -8,7 +8,7 @@ from pathlib import Path
 
 from posttrain.config.arguments import COMMAND_LINE, DEFAULT
 from posttrain.config.describe import default_of
-from posttrain.config.schema import Config, TrainerOptions
+from posttrain.config.schema import Config, DataOptions, TrainerOptions
 
 
 def options_without_effect(config: Config, origins: dict[str, str]) -> list[dict[str, str]]:
@@ -57,9 +57,7 @@ def _of_model_and_data(config: Config) -> Iterator[tuple[str, str]]:
         yield "model.gradient_checkpointing_every", "model.enable_gradient_checkpointing is false"
     if model.path and Path(model.path).is_dir():
         yield "model.revision", "model.path is a folder, and folders have no revisions"
-    if data.messages_key:
-        for key in ("data.prompt_key", "data.response_key"):
-            yield key, "data.messages_key names the column with the whole conversation"
+    yield from _of_forms(data)
     train_is_local, val_is_local = all(map(_is_local, data.train_files)), all(map(_is_local, data.val_files))
     if train_is_local:
         yield "data.train_split", "data.train_files names no data set on the hub"
@@ -67,6 +65,23 @@ def _of_model_and_data(config: Config) -> Iterator[tuple[str, str]]:
         yield "data.val_split", "data.val_files names no data set on the hub"
     if train_is_local and val_is_local:
         yield "data.hub_config", "no data set on the hub is used"
+
+
+def _of_forms(data: DataOptions) -> Iterator[tuple[str, str]]:
+    pair, whole = ("prompt_key", "response_key"), ("messages_key",)
+    unread = {
+        "messages": pair,
+        "sharegpt": pair,
+        "prompt_response": whole,
+        "question_answer": whole,
+        "alpaca": pair + whole,
+        "tokens": (*pair, *whole, "tools_key", "system_prompt"),
+    }
+    for option in unread.get(data.format, ()):
+        yield f"data.{option}", f"rows of data.format={data.format} are not read by it"
+    if data.format == "auto" and data.messages_key:
+        for option in pair:
+            yield f"data.{option}", "data.messages_key names the column with the whole conversation"
 
 
 def _of_optim(config: Config) -> Iterator[tuple[str, str]]:

@@ -145,6 +145,12 @@ class DataOptions(Section):
     """Column with the prompt, as text or messages; dots reach into structs. Not given: recognised."""
     response_key: str | None = None
     """Column with the answer to `data.prompt_key`, as text. Not given: recognised."""
+    format: Literal["auto", "messages", "prompt_response", "sharegpt", "alpaca", "question_answer", "tokens"] = "auto"
+    """Form of the rows; `auto` knows it by their columns. docs/data.md shows a row of each."""
+    tools_key: str | None = None
+    """Column with the tools, as a list or as JSON text of one; dots reach into structs. Not given: `tools`."""
+    system_prompt: str | None = None
+    """Text put in front as a system message where a row has none."""
     chat_template: PathText | None = None
     """File with the chat template to use instead of the tokenizer's own; it is saved with the model."""
     chat_template_kwargs: dict[str, Any] = {}

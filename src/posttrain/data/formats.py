@@ -1,124 +1,269 @@
-"""A row, in any of the forms that people have -> Conversation."""
+"""A row, in any of the forms that people have -> Conversation, or Tokens where it was tokenized before.
+
+A form is known by its columns, or named by `data.format`; docs/data.md shows a row of each.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from posttrain.errors import InputError
-from posttrain.records import Conversation
+from posttrain.config.schema import DataOptions
+from posttrain.data.messages import (
+    MEDIA,
+    Messages,
+    RowError,
+    Weights,
+    checked_text,
+    clean,
+    kind_of,
+    parsed,
+    read_messages,
+)
+from posttrain.data.pretokenized import is_tokenized, read_tokens
+from posttrain.records import Conversation, Tokens
 
-# columns that are recognised when no key is given, in this order
-MESSAGES_KEY = "messages"
-PROMPT_AND_RESPONSE_KEYS = (("prompt", "response"), ("question", "answer"))
-
-
-class RowError(Exception):
-    """A row that cannot be used. `kind` groups such rows in the report; the text says what was found."""
-
-    def __init__(self, kind: str, found: str):
-        super().__init__(kind, found)
-        self.kind = kind
-        self.found = found
-
-    def __str__(self) -> str:
-        return self.found
+AUTO, TOKENS = "auto", "tokens"
+SYSTEM_ROLES = ("system", "developer")
+QUESTION_PAIRS = (("question", "answer"), ("query", "response"), ("problem", "solution"))
+# columns by which a form is recognised where none is named, in this order
+RECOGNISED = (
+    ("messages", ("messages",)),
+    ("sharegpt", ("conversations",)),
+    ("alpaca", ("instruction", "output")),
+    ("prompt_response", ("prompt", "response")),
+    ("prompt_response", ("prompt", "completion")),
+    *(("question_answer", pair) for pair in QUESTION_PAIRS),
+)
+MEDIA_COLUMNS = {*MEDIA, *(f"{medium}s" for medium in MEDIA)}
+RESERVED_KWARGS = ("messages", "tools", "add_generation_prompt")  # what rendering itself gives a template
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Where the conversation stands in a row; None is recognised from the columns that there are."""
+    """Where the conversation stands in a row, and in which form: None or "auto" is recognised."""
 
     messages: str | None = None
     prompt: str | None = None
     response: str | None = None
+    format: str = AUTO
+    tools: str | None = None
+    system_prompt: str | None = None
 
-
-def to_conversation(row: dict[str, Any], columns: Columns) -> Conversation:
-    """The row as messages. Raises RowError for a bad row, InputError where a named column does not exist."""
-    messages = [clean(message) for message in _messages(row, columns)]
-    reward_model = row.get("reward_model") or {}
-    truth = reward_model.get("ground_truth") if isinstance(reward_model, dict) else None
-    return Conversation(
-        messages, ground_truth=None if truth is None else str(truth), data_source=row.get("data_source")
-    )
-
-
-def check_trainable(conversation: Conversation) -> None:
-    """Raise RowError unless the conversation ends with an assistant's turn."""
-    if not conversation.messages:
-        raise RowError("no messages", "the conversation is empty")
-    last = conversation.messages[-1]["role"]
-    if last != "assistant":
-        raise RowError(
-            "no assistant turn at the end",
-            f"the last message is from '{last}'; SFT needs a final 'assistant' message to train on",
+    @classmethod
+    def of(cls, data: DataOptions) -> Columns:
+        return cls(
+            data.messages_key, data.prompt_key, data.response_key, data.format, data.tools_key, data.system_prompt
         )
 
 
-def prompt_of(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def to_conversation(row: dict[str, Any], columns: Columns) -> Conversation | Tokens:
+    """The row as messages, or as the tokens that it brings. Raises RowError for a row that cannot be used."""
+    form = _recognised(row, columns) if columns.format == AUTO else columns.format
+    if form == TOKENS:
+        return read_tokens(row)
+    _refuse_media(row)
+    source = row.get("data_source")
+    messages, weights = _with_system(*_READ[form](row, columns), row, columns)
+    return Conversation(
+        messages,
+        tools=_tools(row, columns),
+        template_kwargs=_template_kwargs(row),
+        weights=tuple(weights) if any(weight is not None for weight in weights) else None,
+        ground_truth=_ground_truth(row),
+        data_source=None if source is None else str(source),
+    )
+
+
+def conversation_of(row: dict[str, Any], columns: Columns) -> Conversation:
+    """As `to_conversation`, where only messages will do."""
+    conversation = to_conversation(row, columns)
+    if isinstance(conversation, Tokens):
+        raise RowError("pre-tokenized", "the row holds token ids and no messages, which are needed here")
+    return conversation
+
+
+def prompt_of(messages: Messages) -> Messages:
     """The messages before the assistant's last turn: what a model is asked."""
     return messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
 
 
-def clean(value: Any) -> Any:
-    """The value without the nulls with which parquet fills structs, and with lists for numpy arrays."""
-    if isinstance(value, dict):
-        return {key: clean(item) for key, item in value.items() if item is not None}
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    return [clean(item) for item in value] if isinstance(value, list) else value
-
-
-def _messages(row: dict[str, Any], columns: Columns) -> list[dict[str, Any]]:
+def _recognised(row: dict[str, Any], columns: Columns) -> str:
     if columns.messages:
-        return _checked(_value(row, columns.messages, "data.messages_key"))
+        return "messages"
     if columns.prompt or columns.response:
-        default_prompt, default_response = PROMPT_AND_RESPONSE_KEYS[0]
-        prompt = _value(row, columns.prompt or default_prompt, "data.prompt_key")
-        return _joined(prompt, _value(row, columns.response or default_response, "data.response_key"))
-    if MESSAGES_KEY in row:
-        return _checked(row[MESSAGES_KEY])
-    for prompt_key, response_key in PROMPT_AND_RESPONSE_KEYS:
-        if prompt_key in row and response_key in row:
-            return _joined(row[prompt_key], row[response_key])
-    raise InputError(
-        f"No conversation recognised: the columns are {', '.join(row) or '(none)'}; expected `messages`, `prompt` with "
-        "`response`, or `question` with `answer`. Name yours with data.messages_key, or data.prompt_key and data.response_key."
-    )
+        return "prompt_response"
+    form = next((form for form, keys in RECOGNISED if all(key in row for key in keys)), None)
+    if is_tokenized(row):
+        if form:
+            raise RowError(
+                "ambiguous form", f"the row holds input_ids and a conversation; choose data.format={form} or tokens"
+            )
+        return TOKENS
+    if form is None:
+        raise RowError(
+            "no conversation recognised",
+            f"the columns are {', '.join(row) or '(none)'}; expected `messages`, `conversations`, `instruction` with "
+            "`output`, `prompt` with `response`, `question` with `answer`, or `input_ids` with `labels`. Name yours with "
+            "data.messages_key, or data.prompt_key and data.response_key",
+        )
+    return form
+
+
+def _read_openai(row: dict[str, Any], columns: Columns) -> tuple[Messages, Weights]:
+    return read_messages(_value(row, columns.messages or "messages", "data.messages_key"))
+
+
+def _read_sharegpt(row: dict[str, Any], columns: Columns) -> tuple[Messages, Weights]:
+    return read_messages(_value(row, columns.messages or "conversations", "data.messages_key"), sharegpt=True)
+
+
+def _read_pair(row: dict[str, Any], columns: Columns) -> tuple[Messages, Weights]:
+    prompt = _value(row, columns.prompt or "prompt", "data.prompt_key")
+    there = [key for key in ("response", "completion") if row.get(key) is not None]
+    if columns.response is None and len(there) > 1:
+        raise RowError("ambiguous form", "there are `response` and `completion`; choose one with data.response_key")
+    return _joined(prompt, _value(row, columns.response or (there or ["response"])[0], "data.response_key"))
+
+
+def _read_question(row: dict[str, Any], columns: Columns) -> tuple[Messages, Weights]:
+    there = (pair for pair in QUESTION_PAIRS if all(key in row for key in pair))
+    question, answer = next(there, QUESTION_PAIRS[0])
+    prompt = _value(row, columns.prompt or question, "data.prompt_key")
+    return _joined(prompt, _value(row, columns.response or answer, "data.response_key"))
+
+
+def _read_alpaca(row: dict[str, Any], columns: Columns) -> tuple[Messages, Weights]:
+    if missing := [key for key in ("instruction", "output") if key not in row]:
+        there = ", ".join(row) or "(none)"
+        raise RowError(f"no column {missing[0]}", f"an alpaca row has instruction and output; the columns are {there}")
+    instruction = checked_text(row["instruction"], "the instruction", "no prompt")
+    context = checked_text(clean(row.get("input")) or "", "the input", "no prompt")
+    turns = _history(clean(row.get("history")) or [])
+    output = checked_text(row["output"], "the output", "no answer")
+    turns.append(("\n".join(text for text in (instruction, context) if text), output))
+    messages = [
+        {"role": role, "content": text}
+        for turn in turns
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
+    return messages, [None] * len(messages)
+
+
+_READ: dict[str, Callable[[dict[str, Any], Columns], tuple[Messages, Weights]]] = {
+    "messages": _read_openai,
+    "sharegpt": _read_sharegpt,
+    "prompt_response": _read_pair,
+    "question_answer": _read_question,
+    "alpaca": _read_alpaca,
+}
+
+
+def _history(history: Any) -> list[tuple[str, str]]:
+    if not isinstance(history, list):
+        raise RowError("bad history", f"the history is {kind_of(history)}, expected a list of [question, answer]")
+    turns = []
+    for number, turn in enumerate(history):
+        if not isinstance(turn, list) or len(turn) != 2:
+            raise RowError("bad history", f"turn {number} of the history is not [question, answer]")
+        where = f"turn {number} of the history"
+        turns.append((checked_text(turn[0], where, "bad history"), checked_text(turn[1], where, "bad history")))
+    return turns
+
+
+def _joined(prompt: Any, response: Any) -> tuple[Messages, Weights]:
+    """A prompt and its answer, each as text, as a message or as messages."""
+    asked, asked_weights = _side(prompt, "user", "prompt", "no prompt")
+    answered, answered_weights = _side(response, "assistant", "answer", "no answer")
+    return [*asked, *answered], [*asked_weights, *answered_weights]
+
+
+def _side(value: Any, role: str, name: str, kind: str) -> tuple[Messages, Weights]:
+    if isinstance(value, str):
+        return [{"role": role, "content": checked_text(value, f"the {name}", kind)}], [None]
+    value = clean([value] if isinstance(value, dict) else value)
+    if not isinstance(value, list) or not value:
+        found = "an empty list" if value == [] else kind_of(value)
+        raise RowError(kind, f"the {name} is {found}, expected text or messages")
+    return read_messages(value, name=f"message of the {name}, number")
+
+
+def _with_system(
+    messages: Messages, weights: Weights, row: dict[str, Any], columns: Columns
+) -> tuple[Messages, Weights]:
+    """With the row's `system` column in front, or else the run's system prompt where the row has none."""
+    if not messages:
+        raise RowError("no messages", "the conversation is empty")
+    own = clean(row.get("system")) or None
+    has_one = any(message["role"] in SYSTEM_ROLES for message in messages)
+    if own is not None and has_one and own != messages[0].get("content"):
+        raise RowError("two system prompts", "the column `system` says one thing, the system message another")
+    text = own if own is not None else columns.system_prompt
+    if has_one or not text:
+        return messages, weights
+    return [{"role": "system", "content": checked_text(text, "the column `system`")}, *messages], [None, *weights]
+
+
+def _tools(row: dict[str, Any], columns: Columns) -> list[dict[str, Any]] | None:
+    tools = _value(row, columns.tools, "data.tools_key") if columns.tools else row.get("tools")
+    if isinstance(tools, str):
+        tools = parsed(tools, "bad tools", f"the tools are {tools[:60]!r}") if tools.strip() else None
+    tools = clean(tools)
+    if not tools:
+        return None
+    if not isinstance(tools, list):
+        raise RowError("bad tools", f"the tools are {kind_of(tools)}, expected a list of objects")
+    tools = [
+        parsed(tool, "bad tools", f"tool {number} is {tool[:60]!r}") if isinstance(tool, str) else tool
+        for number, tool in enumerate(tools)
+    ]
+    for number, tool in enumerate(tools):
+        if not isinstance(tool, dict):
+            raise RowError("bad tools", f"tool {number} is {kind_of(tool)}, expected an object")
+    return tools
+
+
+def _template_kwargs(row: dict[str, Any]) -> dict[str, Any]:
+    """What the row says to the template. A null says nothing, so that the run or the template decides."""
+    kwargs = row.get("chat_template_kwargs")
+    if isinstance(kwargs, str):
+        kwargs = parsed(kwargs, "bad template kwargs", f"chat_template_kwargs is {kwargs[:60]!r}") if kwargs else None
+    kwargs = clean(kwargs) or {}
+    if not isinstance(kwargs, dict):
+        raise RowError("bad template kwargs", f"chat_template_kwargs is {kind_of(kwargs)}, expected an object")
+    kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    if reserved := [key for key in RESERVED_KWARGS if key in kwargs]:
+        raise RowError("bad template kwargs", f"chat_template_kwargs sets {reserved[0]}, which rendering itself gives")
+    thinking = clean(row.get("enable_thinking"))
+    if thinking is not None:
+        if not isinstance(thinking, bool):
+            raise RowError("bad template kwargs", f"enable_thinking is {thinking!r}, expected true, false or null")
+        if kwargs.setdefault("enable_thinking", thinking) != thinking:
+            raise RowError("bad template kwargs", "enable_thinking and chat_template_kwargs contradict each other")
+    return kwargs
+
+
+def _ground_truth(row: dict[str, Any]) -> str | None:
+    reward_model = row.get("reward_model")
+    truth = clean(reward_model.get("ground_truth")) if isinstance(reward_model, dict) else None
+    return None if truth is None else str(truth)
+
+
+def _refuse_media(row: dict[str, Any]) -> None:
+    for key in MEDIA_COLUMNS & row.keys():
+        value = row[key]
+        if value is not None and (not hasattr(value, "__len__") or len(value)):
+            raise RowError("images or sound", f"the column `{key}` is filled; only text can be trained on")
 
 
 def _value(row: dict[str, Any], key: str, option: str) -> Any:
     value: Any = row
     for part in key.split("."):
         if not isinstance(value, dict) or part not in value:
-            there = ", ".join(value) if isinstance(value, dict) else type(value).__name__
-            raise InputError(f"{option}={key}: there is no column '{part}'; found: {there or '(none)'}.")
+            there = ", ".join(value) if isinstance(value, dict) else kind_of(value)
+            raise RowError(
+                f"no column {key}", f"{option}={key}: there is no column '{part}'; found: {there or '(none)'}"
+            )
         value = value[part]
     return value
-
-
-def _joined(prompt: Any, response: Any) -> list[dict[str, Any]]:
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _checked(prompt)
-    if isinstance(response, str):
-        return [*messages, {"role": "assistant", "content": response}]
-    if isinstance(response, list | tuple) or hasattr(response, "tolist"):
-        return [*messages, *_checked(response)]
-    raise RowError("no answer", f"the answer is {_kind(response)}, expected text")
-
-
-def _checked(messages: Any) -> list[dict[str, Any]]:
-    messages = messages.tolist() if hasattr(messages, "tolist") else messages
-    if not isinstance(messages, list):
-        raise RowError("not a conversation", f"found {_kind(messages)}, expected a list of messages")
-    for number, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise RowError("message without role", f"message {number} is {_kind(message)} without a 'role'")
-        content = message.get("content")
-        if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
-            raise RowError("message without text", f"message {number} has {_kind(content)} as content, expected text")
-    return messages
-
-
-def _kind(value: Any) -> str:
-    return "null" if value is None else type(value).__name__

@@ -37,7 +37,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Row:
-    """A row as it was written; `number` counts from 0 in its file."""
+    """A row as it was written; `number` counts from 0 in its file.
+
+    A null inside a column was written by someone: those with which Arrow fills structs are gone. JSON rows keep theirs.
+    """
 
     source: str
     number: int
@@ -153,9 +156,43 @@ def _arrow_rows(source: Source, batches: Iterator[Any]) -> Iterator[dict[str, An
 
     try:
         for batch in batches:
-            yield from batch.to_pylist()
+            filled = [name for name in batch.schema.names if _has_filler(batch.column(name))]
+            for values in batch.to_pylist():
+                yield values | {name: without_filler(values[name]) for name in filled} if filled else values
     except (pa.ArrowInvalid, OSError) as error:
         raise InputError(f"{source.name} cannot be read as {source.reader}: {error}. Write the file again.") from None
+
+
+def _has_filler(array: Any) -> bool:
+    """Whether any struct in the array has a null field."""
+    import pyarrow as pa
+
+    if pa.types.is_struct(array.type):
+        fields = [array.field(i) for i in range(array.type.num_fields)]
+        return any(field.null_count or _has_filler(field) for field in fields)
+    return (
+        _has_filler(array.values)
+        if isinstance(array, pa.ListArray | pa.LargeListArray | pa.FixedSizeListArray)
+        else False
+    )
+
+
+def without_filler(value: Any) -> Any:
+    """The value without the nulls of its structs: all structs of a column have the same fields, a null where they had none.
+
+    A message (its `role` is text) keeps null as `content`: so is a turn of tool calls alone written, and some templates
+    ask for it.
+    """
+    if isinstance(value, list):
+        return [without_filler(item) if isinstance(item, dict | list) else item for item in value]
+    if not isinstance(value, dict):
+        return value
+    is_message = isinstance(value.get("role"), str)
+    return {
+        key: without_filler(item) if isinstance(item, dict | list) else item
+        for key, item in value.items()
+        if item is not None or (is_message and key == "content")
+    }
 
 
 def _read_lines(source: Source) -> Iterator[dict[str, Any]]:
@@ -194,7 +231,8 @@ def _read_hub(source: Source) -> Iterator[dict[str, Any]]:
             f"{source.name} was not found as a file, and loading it from the hub failed: {type(error).__name__}: {error}. "
             "Check the name, data.hub_config and the split, or give local files."
         ) from None
-    yield from rows
+    for values in rows:
+        yield {name: without_filler(value) for name, value in values.items()}
 
 
 _READ = {"parquet": _read_parquet, "arrow": _read_arrow, "lines": _read_lines, "json": _read_json, "hub": _read_hub}

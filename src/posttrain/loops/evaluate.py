@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.config.schema import Config
-from posttrain.data.formats import Columns, RowError, to_conversation
+from posttrain.data.formats import Columns, RowError, conversation_of
 from posttrain.data.sources import find_sources, read_rows
 from posttrain.distributed.device import choose_device
 from posttrain.distributed.watchdog import watching
@@ -58,7 +58,7 @@ def read_problems(
         if limit is not None and len(conversations) == limit:
             break
         try:
-            conversations.append(to_conversation(row.values, columns))
+            conversations.append(conversation_of(row.values, columns))
         except RowError as error:
             dropped[error.kind] = dropped.get(error.kind, 0) + 1
         except InputError as error:
@@ -77,7 +77,7 @@ def _answers(config: Config, files: Sequence[str], option: str, limit: int | Non
         join_world(device, device.compute_dtype("float32"), watchdog=watchdog) as world,
         Display(world.is_main, watchdog.alive) as display,
     ):
-        columns = Columns(data.messages_key, data.prompt_key, data.response_key)
+        columns = Columns.of(data)
         conversations, dropped = world.everyone(
             lambda: read_problems(files, columns, option, data.val_split, data.hub_config, limit)
         )

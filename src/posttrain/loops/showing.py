@@ -92,7 +92,7 @@ class Showing:
 
     def _shown(self, rows: Iterator[Row]) -> Iterator[list[Shown] | Refused]:
         data = self.resolved.config.data
-        columns = Columns(data.messages_key, data.prompt_key, data.response_key)
+        columns = Columns.of(data)
         return shown_rows(rows, columns, self._chat, Length(data.max_length, data.truncation))
 
     def _open(self) -> tuple[TrainingData, World]:

@@ -70,7 +70,7 @@ def open_training_data(config: Config, world: World, display: Display) -> Traini
     """Tokenized rows and the schedule. Every process must call this. Raises InputError for what cannot be trained on."""
     data = config.data
     world.watchdog.beat("preparing rows")
-    columns = Columns(data.messages_key, data.prompt_key, data.response_key)
+    columns = Columns.of(data)
     make_chat = chat_maker(config)
     train_sources, val_sources = world.on_main(lambda: _sources(data))
 

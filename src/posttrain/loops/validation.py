@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from posttrain.config.schema import Config
-from posttrain.data.formats import Columns, to_conversation
+from posttrain.data.formats import Columns, conversation_of
 from posttrain.engine.engine import Engine
 from posttrain.engine.export import assemble
 from posttrain.loops.answering import answer_all, judge_all
@@ -43,9 +43,9 @@ def _loss(engine: Engine, data: TrainingData) -> float:
 def _accuracy(engine: Engine, data: TrainingData, config: Config) -> Accuracy:
     engine.world.watchdog.beat("answering", patient=True)
     world = engine.world
-    columns = Columns(config.data.messages_key, config.data.prompt_key, config.data.response_key)
+    columns = Columns.of(config.data)
     rows = world.on_main(lambda: read_validation_rows(data, config.trainer.num_val_generations))
-    conversations = [to_conversation(row, columns) for row in rows]
+    conversations = [conversation_of(row, columns) for row in rows]
     dtype = world.device.compute_dtype(config.model.dtype)
     model = assemble(engine, dtype, world.device.torch_device)
     rollout = TransformersRollout(model, data.chat.tokenizer, config.rollout, data.end_ids, config.trainer.seed)
