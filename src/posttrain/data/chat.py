@@ -106,10 +106,13 @@ class ChatTokenizer:
 
     def encode_many(self, conversations: Sequence[Conversation | Tokens]) -> list[list[Encoded] | RowError]:
         """The samples of each, tokenized on all cores; a bad row gives its RowError in its place."""
-        drafts: list[list[_Draft] | RowError | Tokens] = []
+        drafts: list[list[_Draft] | Encoded | RowError] = []
         for conversation in conversations:
             try:
-                drafts.append(conversation if isinstance(conversation, Tokens) else list(self._drafts(conversation)))
+                if isinstance(conversation, Tokens):
+                    drafts.append(self._ready_made(conversation))
+                else:
+                    drafts.append(list(self._drafts(conversation)))
             except RowError as error:
                 drafts.append(error)
         texts = [draft.rendered.text for item in drafts if isinstance(item, list) for draft in item]
@@ -118,10 +121,10 @@ class ChatTokenizer:
         for item in drafts:
             if isinstance(item, RowError):
                 results.append(item)
-            elif isinstance(item, Tokens):
-                results.append([self._ready_made(item)])
-            else:
+            elif isinstance(item, list):
                 results.append(self._masked_all([(draft, next(tokens)) for draft in item]))
+            else:
+                results.append([item])
         return results
 
     def prompt_ids(self, conversation: Conversation) -> np.ndarray:
@@ -200,6 +203,7 @@ class ChatTokenizer:
                 )
                 continue
             self._check_equal(rendered, conversation, messages, prompt)
+            _check_unicode(rendered.text)
             return rendered, messages, marked, [note] if note else []
         assert first_error
         raise first_error
@@ -291,6 +295,9 @@ class ChatTokenizer:
 
     def _ready_made(self, tokens: Tokens) -> Encoded:
         """A row that came as tokens, each of which is a piece of text of its own."""
+        if len(tokens.ids_T) and tokens.ids_T.max() >= len(self.tokenizer):
+            found = f"token id {tokens.ids_T.max()}, and this tokenizer has {len(self.tokenizer):,}"
+            raise RowError("token id out of range", f"{found}; was the row made for another model?")
         pieces = [self.tokenizer.decode([i]) for i in tokens.ids_T.tolist()]
         ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int32)
         offsets_TC = np.stack([np.concatenate([[0], ends[:-1]]), ends], axis=1).astype(np.int32)
@@ -308,6 +315,15 @@ def _nothing_chosen(conversation: Conversation, rules: Rules) -> RowError:
             f"'{rules.roles[0]}' message to train on",
         )
     return RowError("no turn to train on", "every turn has the weight 0")
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RowError(
+            "not Unicode", f"the text holds half a character pair: {text[error.start : error.end]!a}"
+        ) from None
 
 
 def _forms(messages: list[dict[str, Any]]) -> Iterator[tuple[list[dict[str, Any]], str]]:

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from posttrain.data.chat import ChatTokenizer
-from posttrain.data.formats import prompt_of
+from posttrain.data.formats import Columns, RowError, conversation_of, prompt_of
+from posttrain.data.sources import Row
 from posttrain.distributed.world import World
 from posttrain.records import Completion, Conversation
 from posttrain.rewards.gsm8k import build_reward, final_answer
 from posttrain.rewards.verdict import Verdict
 from posttrain.rollout.transformers import TransformersRollout
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A conversation to answer, and the token ids (int32) that ask for it."""
+
+    conversation: Conversation
+    prompt_ids_T: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -35,15 +46,31 @@ class Answer:
         }
 
 
+def read_problems(
+    rows: Iterable[Row], columns: Columns, chat: ChatTokenizer, limit: int | None
+) -> tuple[list[Problem], dict[str, int]]:
+    """The first problems that can be asked, and how many rows before them were left out for which reason."""
+    problems: list[Problem] = []
+    dropped: dict[str, int] = {}
+    for row in rows:
+        if limit is not None and len(problems) == limit:
+            break
+        try:
+            conversation = conversation_of(row.values, columns)
+            problems.append(Problem(conversation, chat.prompt_ids(conversation)))
+        except RowError as error:
+            dropped[error.kind] = dropped.get(error.kind, 0) + 1
+    return problems, dropped
+
+
 def answer_all(
     rollout: TransformersRollout,
-    chat: ChatTokenizer,
-    conversations: Sequence[Conversation],
+    problems: Sequence[Problem],
     world: World,
     advance: Callable[[int], None] = lambda done: None,
 ) -> list[Completion]:
-    """A completion for each conversation's last question, on every process; each process answers its share."""
-    prompts = [chat.prompt_ids(conversation) for conversation in conversations]
+    """A completion for each problem, on every process; each process answers its share."""
+    prompts = [problem.prompt_ids_T for problem in problems]
     own = world.everyone(lambda: rollout.generate(prompts[world.rank :: world.size], advance))
     completions: list[Completion | None] = [None] * len(prompts)
     for rank, part in enumerate(world.gather(own)):
@@ -51,13 +78,12 @@ def answer_all(
     return [completion for completion in completions if completion is not None]
 
 
-def judge_all(
-    conversations: Sequence[Conversation], completions: Sequence[Completion], reward_name: str
-) -> list[Answer]:
+def judge_all(problems: Sequence[Problem], completions: Sequence[Completion], reward_name: str) -> list[Answer]:
     """Each answer with its verdict. The truth is the row's, else the final answer of its own response."""
     judge = build_reward(reward_name)
     answers = []
-    for conversation, completion in zip(conversations, completions, strict=True):
+    for problem, completion in zip(problems, completions, strict=True):
+        conversation = problem.conversation
         truth = conversation.ground_truth
         if truth is None and conversation.messages[-1]["role"] == "assistant":
             truth = final_answer(conversation.messages[-1].get("content") or "")

@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.config.schema import Config
-from posttrain.data.formats import Columns, RowError, conversation_of
+from posttrain.data.formats import Columns
 from posttrain.data.sources import find_sources, read_rows
 from posttrain.distributed.device import choose_device
 from posttrain.distributed.watchdog import watching
 from posttrain.distributed.world import World, join_world
 from posttrain.errors import InputError
-from posttrain.loops.answering import Answer, answer_all, judge_all
+from posttrain.loops.answering import Answer, answer_all, judge_all, read_problems
 from posttrain.loops.training_data import chat_maker
 from posttrain.models.load import find_model, load_model
-from posttrain.records import Conversation
 from posttrain.rewards.accuracy import Accuracy
 from posttrain.rollout.transformers import TransformersRollout
 from posttrain.run.progress import Display
@@ -48,26 +47,6 @@ def generate(config: Config, files: Sequence[str], output: Path, num_samples: in
     return answers
 
 
-def read_problems(
-    files: Sequence[str], columns: Columns, option: str, split: str, hub_config: str | None, limit: int | None
-) -> tuple[list[Conversation], dict[str, int]]:
-    """Conversations to answer, and how many rows were left out for which reason."""
-    conversations: list[Conversation] = []
-    dropped: dict[str, int] = {}
-    for row in read_rows(find_sources(list(files), option, split, hub_config)):
-        if limit is not None and len(conversations) == limit:
-            break
-        try:
-            conversations.append(conversation_of(row.values, columns))
-        except RowError as error:
-            dropped[error.kind] = dropped.get(error.kind, 0) + 1
-        except InputError as error:
-            raise InputError(f"{row.place}: {error}") from None
-    if not conversations:
-        raise InputError(f"{option} {', '.join(files)}: no row can be used. {dropped or ''}".rstrip())
-    return conversations, dropped
-
-
 def _answers(config: Config, files: Sequence[str], option: str, limit: int | None) -> tuple[list[Answer], bool]:
     """Answers on every process; the last value is true on the one that writes."""
     data = config.data
@@ -77,19 +56,19 @@ def _answers(config: Config, files: Sequence[str], option: str, limit: int | Non
         join_world(device, device.compute_dtype("float32"), watchdog=watchdog) as world,
         Display(world.is_main, watchdog.alive) as display,
     ):
-        columns = Columns.of(data)
-        conversations, dropped = world.everyone(
-            lambda: read_problems(files, columns, option, data.val_split, data.hub_config, limit)
-        )
+        chat = world.everyone(chat_maker(config))
+        sources = world.everyone(lambda: find_sources(list(files), option, data.val_split, data.hub_config))
+        problems, dropped = world.everyone(lambda: read_problems(read_rows(sources), Columns.of(data), chat, limit))
+        if not problems:
+            raise InputError(f"{option} {', '.join(files)}: no row can be used. {dropped or ''}".rstrip())
         for reason, count in dropped.items():
             display.say(f"left out {count:,} rows: {reason}")
-        chat = world.everyone(chat_maker(config))
         rollout = TransformersRollout(_model(config, world), chat.tokenizer, config.rollout, seed=config.trainer.seed)
         watchdog.beat("answering", patient=True)
-        display.begin_work("answering", -(-len(conversations) // world.size))
-        completions = answer_all(rollout, chat, conversations, world, display.advance)
+        display.begin_work("answering", -(-len(problems) // world.size))
+        completions = answer_all(rollout, problems, world, display.advance)
         display.end_work()
-        return judge_all(conversations, completions, config.reward.name), world.is_main
+        return judge_all(problems, completions, config.reward.name), world.is_main
 
 
 def _model(config: Config, world: World) -> Any:

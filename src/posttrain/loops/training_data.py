@@ -13,7 +13,7 @@ from posttrain.config.schema import Config, DataOptions
 from posttrain.data.batches import Schedule, pack, plan_steps, split
 from posttrain.data.chat import ChatTokenizer, Rules
 from posttrain.data.formats import Columns
-from posttrain.data.sources import Source, find_sources, read_rows
+from posttrain.data.sources import Source, find_sources
 from posttrain.data.tokenized import TokenizedData, load_tokenized, truncated
 from posttrain.distributed.world import World
 from posttrain.models.load import find_model, load_tokenizer
@@ -172,16 +172,6 @@ def _sources(data: DataOptions) -> tuple[list[Source], list[Source]]:
     train = find_sources(data.train_files, "data.train_files", data.train_split, data.hub_config)
     val = find_sources(data.val_files, "data.val_files", data.val_split, data.hub_config) if data.val_files else []
     return train, val
-
-
-def read_validation_rows(data: TrainingData, count: int) -> list[dict[str, Any]]:
-    """The first validation rows as they were written, for answering them by generation."""
-    rows: list[dict[str, Any]] = []
-    for row in read_rows(data.val_sources):
-        if len(rows) == count:
-            break
-        rows.append(row.values)
-    return rows
 
 
 def _facts(rows: TokenizedData) -> dict[str, Any]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from posttrain.config.schema import Config
-from posttrain.data.formats import Columns, conversation_of
+from posttrain.data.formats import Columns
+from posttrain.data.sources import read_rows
 from posttrain.engine.engine import Engine
 from posttrain.engine.export import assemble
-from posttrain.loops.answering import answer_all, judge_all
-from posttrain.loops.training_data import TrainingData, read_validation_rows
+from posttrain.loops.answering import answer_all, judge_all, read_problems
+from posttrain.loops.training_data import TrainingData
 from posttrain.rewards.accuracy import Accuracy
 from posttrain.rollout.transformers import TransformersRollout
 
@@ -43,11 +44,12 @@ def _loss(engine: Engine, data: TrainingData) -> float:
 def _accuracy(engine: Engine, data: TrainingData, config: Config) -> Accuracy:
     engine.world.watchdog.beat("answering", patient=True)
     world = engine.world
-    columns = Columns.of(config.data)
-    rows = world.on_main(lambda: read_validation_rows(data, config.trainer.num_val_generations))
-    conversations = [conversation_of(row, columns) for row in rows]
+    count = config.trainer.num_val_generations
+    problems, _ = world.on_main(
+        lambda: read_problems(read_rows(data.val_sources), Columns.of(config.data), data.chat, count)
+    )
     dtype = world.device.compute_dtype(config.model.dtype)
     model = assemble(engine, dtype, world.device.torch_device)
     rollout = TransformersRollout(model, data.chat.tokenizer, config.rollout, data.end_ids, config.trainer.seed)
-    completions = answer_all(rollout, data.chat, conversations, world, lambda done: world.watchdog.alive())
-    return Accuracy.of([answer.verdict for answer in judge_all(conversations, completions, config.reward.name)])
+    completions = answer_all(rollout, problems, world, lambda done: world.watchdog.alive())
+    return Accuracy.of([answer.verdict for answer in judge_all(problems, completions, config.reward.name)])

@@ -16,8 +16,6 @@ from collections.abc import Callable
 from os.path import commonprefix
 from typing import Any
 
-import jinja2
-
 from posttrain.data.formats import RowError
 from posttrain.data.provenance.marked import LOST
 from posttrain.data.provenance.messages import REASONING_TAGS, MarkedConversation, Questions
@@ -51,7 +49,7 @@ class Borders:
             if not count:
                 raise ValueError("there is no message")
             rendered = self.template.render(**conversation.arguments(count, prompt))
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        except Exception as error:  # what a template raises is its own choice
             raise RowError(REFUSED, f"the chat template says: {error}") from None
         self.questions.learn(conversation)
         self._followed &= conversation.trace.followed
@@ -158,12 +156,20 @@ class Borders:
                 if len(controls) == 1
                 else "what ends it cannot be told from what ends the text"
             )
+        if turn and self._asks_for_more(conversation, turn, go_on, cut):
+            return "the template asks for another answer behind it even where none is wanted"
         found = self._shared_end(go_on, cut)
         if isinstance(found, str) and self._ends_as_others(conversation, turn, go_on):
             controls = list(self._controls.finditer(cut if is_last else go_on))
             if not is_last or len(controls) == 1:
                 return controls[0].end()
         return found
+
+    def _asks_for_more(self, conversation: MarkedConversation, turn: int, go_on: str, cut: str) -> bool:
+        """Whether a conversation that is cut behind the turn ends with a header, as the prompt for the turn does."""
+        prompt, _ = self.render(conversation, turn, prompt=True).tail
+        shared = _common_prefix(prompt[::-1], cut[::-1])[::-1]
+        return self._controls.search(shared) is not None and not go_on.startswith(cut)
 
     def _ends_as_others(self, conversation: MarkedConversation, turn: int, go_on: str) -> bool:
         """Whether the turn, followed by more, ends with the very token that ends the message before the turn: a last turn may

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +55,9 @@ def find_span(borders: Borders, conversation: MarkedConversation, rendered: Rend
             raise RowError(
                 UNPROVEN, f"message {turn} is empty, and the template leaves out {opened!r} of its beginning"
             )
-        if opened:
+        if opened and text.startswith(opened, own_start):
+            start += len(opened)  # the turn's own reasoning begins with what the prompt writes
+        elif opened:
             notes.append(f"message {turn}: the generation prompt goes on with {opened!r}, which the conversation lacks")
     notes += _check_complete(conversation.plain[turn], turn, text, runs[first:last], rendered)
     own_end = runs[last - 1][1] if first < last else start
@@ -63,7 +66,7 @@ def find_span(borders: Borders, conversation: MarkedConversation, rendered: Rend
             conversation, turn, text[own_end:next_start], _scaffold(text, start, runs[first:last]), turn
         )
     else:
-        end = gap_start + borders.end(conversation, turn, text[gap_start:next_start], "", before)
+        end = gap_start + borders.end(conversation, turn, text[gap_start:next_start], text[start:next_start], before)
     if end <= start:
         raise RowError(UNPROVEN, f"message {turn}: the template leaves the turn out")
     if LOST in rendered.codes[start:end]:
@@ -110,10 +113,11 @@ def _check_complete(message: dict[str, Any], turn: int, text: str, runs: list[Ru
         if not owned[Part.TEXT].strip():
             raise RowError(UNPROVEN, f"the template leaves out the text of message {turn}")
         raise RowError(UNPROVEN, f"the template does not write the text of message {turn} as it stands")
-    for call in _calls(message):
-        for leaf in (str(call.get("name", "")), *_leaves(call.get("arguments", call.get("parameters")))):
-            if not any(form in owned[Part.TOOL_CALL] for form in _forms(leaf)):
-                raise RowError(UNPROVEN, f"the template leaves out {leaf[:40]!r} of a tool call in message {turn}")
+    calls = _calls(message)
+    leaves = [leaf for call in calls for leaf in _leaves(call.get("arguments", call.get("parameters")))]
+    for leaf, times in Counter([*(str(call.get("name", "")) for call in calls), *leaves]).items():
+        if leaf and all(owned[Part.TOOL_CALL].count(form) < times for form in _forms(leaf)):
+            raise RowError(UNPROVEN, f"the template leaves out {leaf[:40]!r} of a tool call in message {turn}")
     reasoning = "".join(part[: reasoning_end(part)] for part in whole) + str(message.get("reasoning_content") or "")
     if reasoning.strip() and not owned[Part.REASONING].strip():
         return [f"message {turn}: the template leaves out its reasoning"]
