@@ -106,7 +106,7 @@ NASTY: dict[str, Nasty] = {
     "answer printed twice": Nasty(answers("{{ m.content }}{{ m.content }}"), EITHER),
     "answer repeated in the next header": Nasty(
         chatml(head="<|im_start|>{{ m.role }}{% if loop.previtem is defined %} after {{ loop.previtem.content }}{% endif %}{{ '\n' }}",
-               prompt="{% if add_generation_prompt %}<|im_start|>assistant after {{ messages[-1].content }}\n{% endif %}"), EXACT),
+               prompt="{% if add_generation_prompt %}<|im_start|>assistant after {{ messages[-1].content }}\n{% endif %}"), EITHER),
     "next question before the answer's end": Nasty(
         answers("{{ m.content }}{% if loop.nextitem is defined %} {{ loop.nextitem.content }}{% endif %}"), REFUSED),
     "all texts at the end": Nasty(

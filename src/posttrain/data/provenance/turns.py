@@ -14,6 +14,9 @@ from posttrain.data.provenance.marked import GENERATED, LOST
 from posttrain.data.provenance.messages import MarkedConversation, reasoning_end, texts_of
 from posttrain.data.provenance.template import Rendered, Run
 
+# A template may repeat the end of a turn in the header of the next message: the name of a called tool, for one.
+_MOST_ECHOES = 3
+
 
 @dataclass(frozen=True)
 class Span:
@@ -37,46 +40,80 @@ def find_span(borders: Borders, conversation: MarkedConversation, rendered: Rend
     `header`: the turn is one that a generation prompt asks for (an assistant's); else it begins with its own text. Raises
     RowError where the template leaves something out, moves it, or where begin or end cannot be proven.
     """
-    runs = rendered.runs
-    text = rendered.text
-    first, last = _place(runs, turn)
-    gap_start, before = (runs[first - 1][1], runs[first - 1][2]) if first else (0, -1)
-    own_start = runs[first][0] if first < last else gap_start
-    next_start = runs[last][0] if last < len(runs) else len(text)
-    notes: list[str] = []
-    if first == last and not header:
-        raise RowError(UNPROVEN, f"message {turn} is empty, so that its place cannot be found")
-    start = own_start
+    first, last = _place(rendered.runs, turn)
+    if first == last:
+        return _empty(borders, conversation, rendered, turn, first, header)
+    own_start = rendered.runs[first][0]
+    start, notes = own_start, tuple[str, ...]()
     if header:
-        gap = text[gap_start : own_start if first < last else next_start]
-        length, opened = borders.begin(conversation, turn, gap, before)
-        start = gap_start + length
-        if opened and first == last:
-            raise RowError(
-                UNPROVEN, f"message {turn} is empty, and the template leaves out {opened!r} of its beginning"
-            )
-        if opened and text.startswith(opened, own_start):
-            start += len(opened)  # the turn's own reasoning begins with what the prompt writes
-        elif opened:
-            notes.append(f"message {turn}: the generation prompt goes on with {opened!r}, which the conversation lacks")
-    notes += _check_complete(conversation.plain[turn], turn, text, runs[first:last], rendered)
-    own_end = runs[last - 1][1] if first < last else start
-    if first < last:
-        end = own_end + borders.end(
-            conversation, turn, text[own_end:next_start], _scaffold(text, start, runs[first:last]), turn
-        )
-    else:
-        end = gap_start + borders.end(conversation, turn, text[gap_start:next_start], text[start:next_start], before)
-    if end <= start:
-        raise RowError(UNPROVEN, f"message {turn}: the template leaves the turn out")
+        start, notes = _begin(borders, conversation, rendered, turn, first)
+    found = _end(borders, conversation, rendered, turn, start, first, last)
+    for shorter in range(last - 1, max(first, last - _MOST_ECHOES - 1), -1):
+        if isinstance(found, tuple):
+            break
+        echo = _end(borders, conversation, rendered, turn, start, first, shorter)
+        found = echo if isinstance(echo, tuple) else found
+    if isinstance(found, RowError):
+        raise found
+    last, end, said = found
+    own_end = rendered.runs[last - 1][1]
     if LOST in rendered.codes[start:end]:
         raise RowError(
             UNPROVEN, f"the template writes part of message {turn} by an operation that hides where it came from"
         )
     start += _outside_generation(rendered, turn, start, own_end)
-    return Span(
-        turn, start, own_start if first < last else end, end, _reasoning_end(runs[first:last], start), tuple(notes)
-    )
+    return Span(turn, start, own_start, end, _reasoning_end(rendered.runs[first:last], start), (*notes, *said))
+
+
+def _begin(
+    borders: Borders, conversation: MarkedConversation, rendered: Rendered, turn: int, first: int
+) -> tuple[int, tuple[str, ...]]:
+    """Where the header before the turn's first run ends, and notes."""
+    gap_start, before = _content_before(rendered.runs, first)
+    own_start = rendered.runs[first][0]
+    length, opened = borders.begin(conversation, turn, rendered.text[gap_start:own_start], before)
+    if opened and rendered.text.startswith(opened, own_start):
+        return own_start + len(opened), ()  # the turn's own reasoning begins with what the prompt writes
+    note = f"message {turn}: the generation prompt goes on with {opened!r}, which the conversation lacks"
+    return gap_start + length, (note,) if opened else ()
+
+
+def _end(
+    borders: Borders, conversation: MarkedConversation, rendered: Rendered, turn: int, start: int, first: int, last: int
+) -> tuple[int, int, list[str]] | RowError:
+    """`last`, where the turn ends if its runs are [first, last), and notes; or why that cannot be."""
+    runs, text = rendered.runs, rendered.text
+    own_end, next_start = runs[last - 1][1], runs[last][0] if last < len(runs) else len(text)
+    try:
+        notes = _check_complete(conversation.plain[turn], turn, text, runs[first:last])
+        scaffold = _scaffold(text, start, runs[first:last])
+        return last, own_end + borders.end(conversation, turn, text[own_end:next_start], scaffold, turn), notes
+    except RowError as error:
+        return error
+
+
+def _empty(
+    borders: Borders, conversation: MarkedConversation, rendered: Rendered, turn: int, place: int, header: bool
+) -> Span:
+    """The span of a turn without text, between the runs before and from `place`."""
+    if not header:
+        raise RowError(UNPROVEN, f"message {turn} is empty, so that its place cannot be found")
+    runs, text = rendered.runs, rendered.text
+    gap_start, before = _content_before(runs, place)
+    gap = text[gap_start : runs[place][0] if place < len(runs) else len(text)]
+    length, opened = borders.begin(conversation, turn, gap, before)
+    if opened:
+        raise RowError(UNPROVEN, f"message {turn} is empty, and the template leaves out {opened!r} of its beginning")
+    notes = _check_complete(conversation.plain[turn], turn, text, [])
+    start, end = gap_start + length, gap_start + borders.end(conversation, turn, gap, gap[length:], before)
+    if end <= start:
+        raise RowError(UNPROVEN, f"message {turn}: the template leaves the turn out")
+    return Span(turn, start, end, end, start, tuple(notes))
+
+
+def _content_before(runs: list[Run], place: int) -> tuple[int, int]:
+    """Where the content before a run ends, and whose it is."""
+    return (runs[place - 1][1], runs[place - 1][2]) if place else (0, -1)
 
 
 def _scaffold(text: str, start: int, runs: list[Run]) -> str:
@@ -104,12 +141,16 @@ def _place(runs: list[Run], turn: int) -> tuple[int, int]:
     return first, last
 
 
-def _check_complete(message: dict[str, Any], turn: int, text: str, runs: list[Run], rendered: Rendered) -> list[str]:
+def _check_complete(message: dict[str, Any], turn: int, text: str, runs: list[Run]) -> list[str]:
     """Raise RowError unless all of the message stands in its runs; reasoning that is left out is noted."""
     owned = {part: "".join(text[start:end] for start, end, _, p in runs if p == part) for part in Part}
     whole = texts_of(message.get("content"))
     texts = [part[reasoning_end(part) :] for part in whole]
-    if not _same_text(texts, owned[Part.TEXT]):
+    written = [run for run in runs if run[3] == Part.TEXT]
+    between = (
+        text[written[0][0] : written[-1][1]] if written else ""
+    )  # what a template puts back between parts is the text's
+    if not _same_text(texts, owned[Part.TEXT]) and not _same_text(texts, between):
         if not owned[Part.TEXT].strip():
             raise RowError(UNPROVEN, f"the template leaves out the text of message {turn}")
         raise RowError(UNPROVEN, f"the template does not write the text of message {turn} as it stands")
