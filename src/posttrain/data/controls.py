@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from posttrain.data.encoded import Part
-from posttrain.data.formats import RowError
-from posttrain.data.provenance.marked import code_parts
+from posttrain.data.messages import RowError
+from posttrain.data.provenance.marked import GENERATED, TEMPLATE, code_parts
 from posttrain.data.provenance.template import Rendered
 
 
@@ -40,8 +40,12 @@ class ControlStrings:
         that cannot be shown to equal the rest of the encoding.
         """
         controls = np.flatnonzero(self.is_control(ids_T))
+        starts = offsets_TC[controls, 0]
+        written = rendered.code_array[np.minimum(starts, len(rendered.text) - 1)] & ~np.uint32(GENERATED) == ord(
+            TEMPLATE
+        )
         typed: dict[int, tuple[int, str]] = {}
-        for t in controls.tolist():
+        for t in controls[~written].tolist():  # what begins with the template's own character is the template's
             start, end = offsets_TC[t].tolist()
             messages, parts = code_parts(rendered.code_array[start:end])
             if end > start and self._is_typed(messages, parts, theirs, rendered.text[start:end]):

@@ -105,7 +105,7 @@ class Borders:
                 if header and gap.startswith(header):
                     return len(header), opened
                 if _without_space(gap) == _without_space(header):
-                    return len(gap), opened  # nothing but the prompt, written with other white space
+                    return _without_odd_end(gap, header), opened  # the prompt, written with other white space
             if prompt.startswith(gap) and gap[len(prompt) - len(added) :].strip():
                 return len(gap), prompt[len(gap) :]
         for header, opened in _headers(added):
@@ -249,6 +249,12 @@ def _gap_before(rendered: Rendered, message: int, after: int | None = None) -> s
     if at is None or (after is not None and (at == 0 or runs[at - 1][2] != after)):
         return None
     return rendered.text[runs[at - 1][1] if at else 0 : runs[at][0]]
+
+
+def _without_odd_end(gap: str, prompt: str) -> int:
+    """How much of the gap is the prompt, where the two differ in white space only: to where they end alike."""
+    body = len(gap.rstrip())
+    return body + len(_common_prefix(gap[body:], prompt[len(prompt.rstrip()) :]))
 
 
 def _without_space(text: str) -> str:

@@ -44,7 +44,7 @@ def code_parts(codes_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     codes_T = (codes_T & ~np.uint32(GENERATED)).astype(np.int32)
     own_T = codes_T - _FIRST_MESSAGE
     messages_T = np.where(own_T >= 0, own_T // len(_PARTS), -1).astype(np.int32)
-    of_template = np.array([Part.UNKNOWN, Part.TEMPLATE, Part.TOOLS], dtype=np.uint8)[np.clip(codes_T, 0, 2)]
+    of_template = np.array([Part.UNKNOWN, Part.TEMPLATE, Part.TOOLS], dtype=np.uint8)[np.minimum(codes_T, 2)]
     of_message = np.array(_PARTS, dtype=np.uint8)[own_T % len(_PARTS)]
     return messages_T, np.where(own_T >= 0, of_message, of_template)
 

@@ -44,8 +44,12 @@ class Questions:
     def kind(self, conversation: MarkedConversation, number: int) -> Kind:
         """The message's shape and its answers. Messages of one kind lead a template along the same way."""
         shape = conversation.shapes[number]
-        message = conversation.plain[number]
-        return (shape, *(answer(message, question) for question in self._of_shape.get(shape, ())))
+        questions = self._of_shape.get(shape, {})
+        known = conversation.kinds.get(number)
+        if known is None or len(known) != len(questions) + 1:
+            message = conversation.plain[number]
+            known = conversation.kinds[number] = (shape, *(answer(message, question) for question in questions))
+        return known
 
 
 class MarkedConversation:
@@ -54,6 +58,7 @@ class MarkedConversation:
     def __init__(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, variables: dict[str, Any]):
         self.trace = Trace()
         self.plain = [_with_reasoning_names(message) for message in messages]
+        self.kinds: dict[int, Kind] = {}
         self.shapes = [_shape(message) for message in self.plain]
         self.messages = [_mark_message(self.trace, number, message) for number, message in enumerate(self.plain)]
         self.tools_key = None if tools is None else json.dumps(tools, ensure_ascii=False)
