@@ -45,9 +45,10 @@ def disagreeing_answer(text: str) -> str | None:
     if final is None:
         return None
     work = text[: text.rfind(ANSWER_MARK)].rstrip()
-    results = [match[1].rpartition("=")[2] for match in _CALCULATION.finditer(work)]
     line = work[work.rfind("\n") + 1 :]
-    concluded = [*results[-1:], *_SHOWN_NUMBER.findall(work)[-1:], *_SHOWN_NUMBER.findall(line[line.find("=") + 1 :])]
+    concluded = _SHOWN_NUMBER.findall(line[line.find("=") + 1 :]) or _SHOWN_NUMBER.findall(work)[-1:]
+    if result := _CALCULATION.match(work, work.rfind("<<")):
+        concluded.insert(0, result[1].rpartition("=")[2])
     numbers = [_shown_value(number) for shown in concluded for number in _SHOWN_NUMBER.findall(shown)]
     # worked in dollars, answered in cents; a share answered in percent
     if not numbers or any(_is_close(abs(float(final)), scale * number) for number in numbers for scale in (1, 100)):

@@ -23,6 +23,14 @@ from posttrain.records import Conversation, Tokens
 UNRECOGNISED = "no conversation recognised"
 TOO_LONG, NOTHING_TRAINED = "longer than data.max_length", "no trained token left"  # as training counts them
 
+_FATE = {
+    "error": "stop the run (data.truncation=error)",
+    "drop": "are left out (data.truncation=drop)",
+    "left": "lose their beginning (data.truncation=left)",
+    "right": "lose their end (data.truncation=right)",
+}
+_PART_NAMES = tuple(part.name.lower() for part in Part)
+
 Record = Conversation | Tokens | RowError
 PartOfRole = tuple[str, str]  # such as ("assistant", "text")
 
@@ -85,7 +93,9 @@ class ChunkChecker:
                 _count_sample(checked, number, record, sample, self.checks)
         return checked
 
-    def _encoded(self, records: list[Record]) -> Iterator[tuple[int, Conversation | Tokens, list[Encoded | Tokens] | RowError]]:
+    def _encoded(
+        self, records: list[Record]
+    ) -> Iterator[tuple[int, Conversation | Tokens, list[Encoded | Tokens] | RowError]]:
         conversations = [r for r in records if isinstance(r, Conversation)]
         encoded = iter(self.chat.encode_many(conversations) if self.chat else [])
         for number, record in enumerate(records):
@@ -114,7 +124,9 @@ def _compared(rows: tuple[Row, ...], records: list[Record]) -> Checked:
     )
 
 
-def _count_sample(checked: Checked, number: int, record: Conversation | Tokens, sample: Encoded | Tokens, checks: Checks) -> None:
+def _count_sample(
+    checked: Checked, number: int, record: Conversation | Tokens, sample: Encoded | Tokens, checks: Checks
+) -> None:
     length = len(sample.ids_T)
     checked.lengths_N.append(length)
     _count_parts(checked, record, sample)
@@ -124,7 +136,7 @@ def _count_sample(checked: Checked, number: int, record: Conversation | Tokens, 
         for note in sample.notes:
             checked.add(number, "note", note, note.partition(":")[0])
     if length > checks.max_length:
-        checked.add(number, "too-long", f"{length} tokens", checks.truncation)
+        checked.add(number, "too-long", f"{length} tokens", _FATE[checks.truncation])
     if begin == end:
         return
     num_trained = int((sample.weights_T[begin + 1 : end] > 0).sum())  # the first token is nobody's target
@@ -156,7 +168,9 @@ def _check_turns(checked: Checked, number: int, sample: Encoded, begin: int, end
         if end > begin and (turn.begin < begin or turn.end > end):
             lost = max(begin - turn.begin, 0) + max(turn.end - end, 0)
             lost, size = min(lost, turn.end - turn.begin), turn.end - turn.begin
-            checked.add(number, "cut-answer", f"message {turn.message} loses {lost} of {size} tokens at the {checks.truncation}")
+            checked.add(
+                number, "cut-answer", f"message {turn.message} loses {lost} of {size} tokens at the {checks.truncation}"
+            )
 
 
 def _count_parts(checked: Checked, record: Conversation | Tokens, sample: Encoded | Tokens) -> None:
@@ -165,10 +179,11 @@ def _count_parts(checked: Checked, record: Conversation | Tokens, sample: Encode
         checked.trained["pre-tokenized", "text"] += int((sample.weights_T > 0).sum())
         return
     roles = ["template", *(message["role"] for message in record.messages)]
-    codes_T = (sample.messages_T.astype(np.int64) + 1) * len(Part) + sample.parts_T
+    codes_T = (sample.messages_T.astype(np.int64) + 1) * len(_PART_NAMES) + sample.parts_T
     for counter, counts in (
         (checked.tokens, np.bincount(codes_T)),
         (checked.trained, np.bincount(codes_T[sample.trained_T])),
     ):
         for code in np.flatnonzero(counts):
-            counter[roles[code // len(Part)], Part(code % len(Part)).name.lower()] += int(counts[code])
+            message, part = divmod(int(code), len(_PART_NAMES))
+            counter[roles[message], _PART_NAMES[part]] += int(counts[code])

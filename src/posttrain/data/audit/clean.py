@@ -66,7 +66,9 @@ def _names(sources: list[Source], output: Path) -> list[str]:
     target = output.resolve()
     for source in sources:
         if source.reader == "hub":
-            raise InputError(f"{source.name} is a data set on the hub; `data clean` cleans files. Save it as parquet first.")
+            raise InputError(
+                f"{source.name} is a data set on the hub; `data clean` cleans files. Save it as parquet first."
+            )
         if "://" not in source.name and target in Path(source.name).resolve().parents:
             raise InputError(f"--output {output} holds the source {source.name}. Name another folder.")
     names = [Path(source.name).name for source in sources]
@@ -98,7 +100,9 @@ def _write_parquet(source: Source, keep_R: np.ndarray, place: Path) -> None:
         file = pq.ParquetFile(stream)
         has_groups = file.metadata.num_row_groups and file.metadata.num_columns
         codec = file.metadata.row_group(0).column(0).compression if has_groups else "SNAPPY"
-        with pq.ParquetWriter(place, file.schema_arrow, compression="NONE" if codec == "UNCOMPRESSED" else codec) as writer:
+        with pq.ParquetWriter(
+            place, file.schema_arrow, compression="NONE" if codec == "UNCOMPRESSED" else codec
+        ) as writer:
             begin = 0
             for batch in file.iter_batches(batch_size=ROWS_A_READ):
                 kept = batch.filter(pa.array(keep_R[begin : begin + len(batch)]))

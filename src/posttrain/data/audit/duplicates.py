@@ -36,7 +36,9 @@ def row_hash(record: Conversation | Tokens) -> int:
     """64 bits that are equal where two rows say the same, but for white space and forms of one character."""
     if isinstance(record, Tokens):
         return _hash(record.ids_T.tobytes() + record.weights_T.tobytes())
-    said = [(m["role"], _normalised(text_of(m)), m.get("tool_calls"), m.get("reasoning_content")) for m in record.messages]
+    said = [
+        (m["role"], _normalised(text_of(m)), m.get("tool_calls"), m.get("reasoning_content")) for m in record.messages
+    ]
     return _hash(json.dumps([said, record.tools], default=str).encode())
 
 

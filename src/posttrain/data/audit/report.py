@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from posttrain.data.audit.audit import Audit
-from posttrain.data.audit.chunk import Checks
+from posttrain.data.audit.chunk import TOO_LONG, Checks
 from posttrain.data.audit.findings import KINDS
 
 if TYPE_CHECKING:
@@ -24,13 +24,17 @@ _BAR_WIDTH = 40
 
 def report(found: Audit, checks: Checks) -> dict[str, Any]:
     """What `data check --json` prints and report.json holds."""
-    num_unusable = int(found.rows_with(("unusable",)).sum())
+    is_too_long_unused = checks.truncation in ("error", "drop")
+    num_unused = int(found.rows_with(("unusable", "too-long") if is_too_long_unused else ("unusable",)).sum())
+    dropped = found.findings.reasons.get("unusable", Counter())
+    if is_too_long_unused and found.findings.counts["too-long"]:
+        dropped = dropped + Counter({TOO_LONG: found.findings.counts["too-long"]})
     return {
         "files": found.train.rows_a_file(),
         "val_files": found.val.rows_a_file(),
         "rows_read": found.train.num_rows,
-        "rows_used": found.train.num_rows - num_unusable,
-        "rows_dropped": _sorted(found.findings.reasons.get("unusable", Counter())),
+        "rows_used": found.train.num_rows - num_unused,
+        "rows_dropped": _sorted(dropped),
         "findings": {kind: _of_kind(found, kind) for kind in KINDS if found.findings.counts[kind]},
         "tokens": _tokens(found, checks) if len(found.lengths.values) else None,
         "not_checked": _not_checked(found, checks),
@@ -43,7 +47,9 @@ def as_page(told: dict[str, Any]) -> list[RenderableType]:
 
     files = told["files"]
     names = ", ".join(file["file"] for file in files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
-    page: list[RenderableType] = [Text(f"{names}: {told['rows_read']:,} rows, {told['rows_used']:,} can be used", "bold")]
+    page: list[RenderableType] = [
+        Text(f"{names}: {told['rows_read']:,} rows, {told['rows_used']:,} can be used", "bold")
+    ]
     for kind, of_kind in told["findings"].items():
         page.append(_finding(kind, of_kind))
     if not told["findings"]:
@@ -93,7 +99,9 @@ def _histogram(lengths_N: np.ndarray) -> list[dict[str, int]]:
     counts = np.bincount(np.minimum(lengths_N // width, BARS - 1), minlength=BARS)
     lasts = [*range(width - 1, width * (BARS - 1), width), int(lengths_N.max())]
     bars = [
-        {"from": i * width, "to": lasts[i], "samples": int(count)} for i, count in enumerate(counts) if lasts[i] >= i * width
+        {"from": i * width, "to": lasts[i], "samples": int(count)}
+        for i, count in enumerate(counts)
+        if lasts[i] >= i * width
     ]
     while not bars[-1]["samples"]:
         bars.pop()
@@ -125,7 +133,10 @@ def _finding(kind: str, of_kind: dict[str, Any]) -> RenderableType:
 
     text = Text()
     places = f" ({of_kind['count']:,} places)" if of_kind["count"] > of_kind["rows"] else ""
-    text.append(f"\n{of_kind['rows']:,} {'row' if of_kind['rows'] == 1 else 'rows'}{places}  {kind}", "bold red" if of_kind["is_wrong"] else "bold yellow")
+    text.append(
+        f"\n{of_kind['rows']:,} {'row' if of_kind['rows'] == 1 else 'rows'}{places}  {kind}",
+        "bold red" if of_kind["is_wrong"] else "bold yellow",
+    )
     text.append(f": {of_kind['meaning']}\n")
     for reason, count in of_kind["reasons"].items():
         text.append(f"  {count:,} {reason}\n")
