@@ -176,7 +176,7 @@ def _shingles(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     begins_R = np.cumsum(counts_R) - counts_R
     for text in np.flatnonzero((counts_R > 0) & (counts_R < WORDS_A_SHINGLE)):
         begin, count = begins_R[text], counts_R[text]
-        shingles_S[begin] = np.bitwise_xor.reduce(words_W[begin : begin + count] * (_MIX ^ np.uint64(count)))
+        shingles_S[begin] = (words_W[begin : begin + count] * _MIX ** np.arange(1, count + 1, dtype=np.uint64)).sum()
         runs_over_W[begin] = False
     mixed_S = shingles_S[~runs_over_W] * _MIX
     kept_R = np.bincount(text_of_W[~runs_over_W], minlength=len(texts))

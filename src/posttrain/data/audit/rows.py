@@ -79,12 +79,8 @@ def _repeated(messages: list[dict[str, Any]], texts: list[str]) -> Iterator[Foun
         is_long = before == number - 1 or len(text) >= SHORTEST_REPEATED_CHARACTERS
         if text == last and is_long:
             yield "repeated-turn", f"message {number} ({role}) says what message {before} said: {quoted(text)}"
-        if (
-            role == "assistant"
-            and number
-            and text == texts[number - 1].strip()
-            and messages[number - 1]["role"] != role
-        ):
+        asked = texts[number - 1].strip() if number and messages[number - 1]["role"] == "user" else None
+        if role == "assistant" and text == asked:
             yield "echo", f"message {number} repeats message {number - 1}: {quoted(text)}"
         said[role] = (number, text)
 
