@@ -18,12 +18,13 @@ from posttrain.data.audit.clean import checked_kinds, clean
 from posttrain.data.audit.duplicates import near_duplicates, signatures
 from posttrain.data.audit.findings import DROPPED_BY_DEFAULT, EXAMPLES_A_KIND
 from posttrain.data.audit.report import report
+from posttrain.data.audit.rows import check_conversation
 from posttrain.data.chat import ChatTokenizer
 from posttrain.data.formats import Columns
 from posttrain.data.sources import find_sources
 from posttrain.errors import InputError, RunError
 from posttrain.loops.training_data import make_chat
-from posttrain.records import Tokens
+from posttrain.records import Conversation, Tokens
 
 
 def turns(*texts, roles=("user", "assistant"), system=None):
@@ -54,12 +55,11 @@ SOUND = [
 # row -> what is found in it, beside nothing else
 FAULTS = [
     ({"question": "q", "answer": None}, {"unusable": "no answer: the answer is null"}),
-    ({"other": "q"}, {"unusable": "no conversation recognised: No conversation recognised: the columns are other"}),
+    ({"other": "q"}, {"unusable": "the columns are other"}),
     ({"question": "a", "answer": "1+1=<<1+1=3>>3\n#### 3"}, {"wrong-arithmetic": "<<1+1=3>>, where 1+1 is 2"}),
     ({"question": "b", "answer": "1+1=<<1+1=2>>2\n#### 5"}, {"answer-mismatch": "#### 5, and the work ends with 2"}),
     ({"question": "c", "answer": "#### 5", "reward_model": {"ground_truth": "6"}}, {"truth-mismatch": "ground truth is 6"}),
     ({"question": "d\x07", "answer": "e"}, {"control-character": "message 0 (user): U+0007 at character 1"}),
-    ({"question": "f", "answer": "g\ud83d"}, {"control-character": "message 1 (assistant): U+D83D"}),
     ({"question": "h", "answer": "\u200btwo"}, {"control-character": "U+200B zero width space"}),
     ({"question": "i", "answer": " \n"}, {"empty-turn": "message 1 (assistant) is ' \\n'"}),
     ({"question": "j!", "answer": "j!"}, {"echo": "message 1 repeats message 0: 'j!'"}),
@@ -106,6 +106,13 @@ def test_each_fault_is_found_in_its_row_and_nothing_in_sound_rows(write):
     assert told["rows_dropped"] == {"no answer": 1, "no conversation recognised": 1} and told["tokens"] is None
     assert len(told["not_checked"]) == 2
     json.dumps(told, ensure_ascii=False).encode()  # no half pair in it
+
+
+def test_half_a_character_pair_is_named_and_never_printed():
+    conversation = Conversation([{"role": "user", "content": "a\ud83d"}, {"role": "assistant", "content": "a\ud83d"}])
+    found = dict(check_conversation(conversation))
+    assert found["control-character"] == "message 1 (assistant): U+D83D at character 1"
+    "".join(found.values()).encode()
 
 
 def test_a_changed_word_makes_a_near_duplicate_and_a_common_system_prompt_does_not(write):
@@ -212,13 +219,13 @@ class OddChat(ChatTokenizer):
         samples = super().encode_many(conversations)
         for (sample,) in samples:
             sample.weights_T[sample.turns[-1].end - 1] = 0
-        return [[replace(sample, notes=("control string in a text: <|im_end|>",))] for (sample,) in samples]
+        return [[replace(sample, notes=("message 3: '<|im_end|>' is encoded as text",))] for (sample,) in samples]
 
 
 def test_turns_without_a_trained_end_and_notes_are_found(write, tiny, chat):
     audited = check(write([turns("a", "b"), turns("c", "d")]), make=lambda: OddChat(chat().tokenizer))
     assert audited.findings.counts == {"end-untrained": 2, "note": 2}
-    assert audited.findings.reasons["note"] == {"control string in a text": 2}
+    assert audited.findings.reasons["note"] == {"'<|im_end|>' is encoded as text": 2}
 
 
 def test_rows_that_are_tokens_already_are_counted_and_compared(write, monkeypatch):
@@ -339,14 +346,14 @@ def test_cleaning_refuses_what_would_lose_rows(write, tmp_path):
 
 
 def test_a_set_whose_columns_are_not_recognised_is_an_error(write):
-    with pytest.raises(InputError, match=r"rows.jsonl row 0: No conversation recognised: the columns are text"):
+    with pytest.raises(InputError, match=r"rows.jsonl row 0: no conversation recognised.*the columns are text"):
         check(write([{"text": "a"}] * 3))
     with pytest.raises(InputError, match="no rows in it"):
         check(write([], "blank.jsonl", "\n\n"))
 
 
 def test_the_commands_print_find_and_write(posttrain, tiny, write):
-    bad = write([turns("a", "b"), turns("a", "b"), turns("c\ud83d", "d"), *(row for row, _ in FAULTS)])[0].name
+    bad = write([turns("a", "b"), turns("a", "b"), turns("c", "d"), *(row for row, _ in FAULTS)])[0].name
     both = ("--files", tiny / "train.parquet", "--files", bad, "--val_files", tiny / "test.parquet")
     tokenizer = ("--tokenizer", tiny / "model", "data.max_length=60", "data.truncation=right")
     told = json.loads(posttrain("data", "check", *both, *tokenizer, "--json", "--output", "found").stdout)

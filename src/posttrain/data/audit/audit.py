@@ -120,9 +120,14 @@ def audit(
 
 
 def _check_recognised(first: Checked) -> None:
-    texts = [text for _, kind, text, reason in first.findings if kind == "unusable" and reason == UNRECOGNISED]
-    if len(texts) == len(first.places):
-        raise InputError(f"{first.places[0][0]} row 0: {texts[0].removeprefix(f'{UNRECOGNISED}: ')}")
+    """Raise InputError where no row has the columns that are looked for: then an option is wrong, and not the rows."""
+    unrecognised = [
+        text
+        for _, kind, text, reason in first.findings
+        if kind == "unusable" and (reason == UNRECOGNISED or reason.startswith("no column "))
+    ]
+    if len(unrecognised) == len(first.places):
+        raise InputError(f"{first.places[0][0]} row 0: {unrecognised[0]}")
 
 
 def _add_chunk(found: Audit, checked: Checked) -> np.ndarray:

@@ -5,6 +5,7 @@ Shape suffixes: R rows of the chunk, K places of a signature, N samples (a row m
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -134,7 +135,7 @@ def _count_sample(
     if isinstance(sample, Encoded):
         _check_turns(checked, number, sample, begin, end, checks)
         for note in sample.notes:
-            checked.add(number, "note", note, note.partition(":")[0])
+            checked.add(number, "note", note, _kind_of_note(note))
     if length > checks.max_length:
         checked.add(number, "too-long", f"{length} tokens", _FATE[checks.truncation])
     if begin == end:
@@ -145,6 +146,11 @@ def _count_sample(
         checked.num_trained += num_trained
     else:
         checked.add(number, "unusable", f"{NOTHING_TRAINED}: none of {end - begin} tokens is a target", NOTHING_TRAINED)
+
+
+def _kind_of_note(note: str) -> str:
+    """The note without what belongs to one row: the message's number, and long quotations."""
+    return re.sub(r"'[^']{30,}'", "'…'", re.sub(r"^message \d+: ", "", note))
 
 
 def _kept(length: int, checks: Checks) -> tuple[int, int]:

@@ -48,7 +48,7 @@ def question_hash(record: Conversation | Tokens) -> int:
         return int(NO_HASH)
     messages = record.messages
     end = next((i for i in range(len(messages) - 1, -1, -1) if messages[i]["role"] == "assistant"), len(messages))
-    asked = [(m["role"], _normalised(text_of(m))) for m in messages[:end] if m["role"] != "system"]
+    asked = [(m["role"], _normalised(text_of(m))) for m in messages[:end] if m["role"] not in ("system", "developer")]
     return _hash(json.dumps(asked).encode()) if any(text for _, text in asked) else int(NO_HASH)
 
 
