@@ -65,7 +65,7 @@ FAULTS = [
     ({"question": "j!", "answer": "j!"}, {"echo": "message 1 repeats message 0: 'j!'"}),
     (turns("k", LONG, "l", LONG), {"repeated-turn": "message 3 (assistant) says what message 1 said"}),
     (turns("m", "m", roles=("user", "user")), {"repeated-turn": "message 1 (user)", "no-final-answer": "from 'user'"}),
-    ({"question": "Half of  5?", "answer": SOUND[1]["answer"]}, {"duplicate": "rows.jsonl row 1"}),
+    ({"question": "Half of  5?", "answer": SOUND[1]["answer"]}, {"duplicate": "row 1 of this file"}),
 ]  # fmt: skip
 
 
@@ -121,7 +121,7 @@ def test_a_changed_word_makes_a_near_duplicate_and_a_common_system_prompt_does_n
             turns(story.replace("word9 ", "word8 "), "a", system=PROMPT), turns(story, "a")]  # fmt: skip
     found = found_in(check(write(rows)))
     assert found.keys() == {(3, "near-duplicate"), (4, "duplicate")}
-    assert "rows.jsonl row 0" in found[3, "near-duplicate"]
+    assert "row 0 of this file" in found[3, "near-duplicate"]
 
 
 def test_estimated_similarity_is_the_share_of_common_shingles_and_bands_find_what_is_similar():
@@ -365,7 +365,12 @@ def test_the_commands_print_find_and_write(posttrain, tiny, write):
     assert all(line.keys() == {"file", "row", "kind", "found"} for line in lines)
 
     printed = posttrain("data", "check", *both, *tokenizer).stdout
-    for said in ("rows.jsonl row 1: the same as", "trained turns that truncation cuts", "beyond data.max_length", "█"):
+    for said in (
+        "rows.jsonl row 1: the same as row 0 of this file",
+        "trained turns that truncation cuts",
+        "beyond data.max_length",
+        "█",
+    ):
         assert said in printed, said
     done = posttrain("data", "clean", "--files", bad, "--output", "out", "--drop", "duplicate,control-character").stdout
     assert "written 12 rows" in done and "not checked: tokens" in done

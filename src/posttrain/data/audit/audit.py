@@ -63,6 +63,12 @@ class Compared:
         file = bisect_right(self.begins, number) - 1
         return self.files[file], number - self.begins[file]
 
+    def said(self, number: int, beside: int | None = None) -> str:
+        """Where a row stands, for one who looks at the row `beside` it."""
+        file, row = self.place(number)
+        is_here = beside is not None and file == self.place(beside)[0]
+        return f"row {row} of this file" if is_here else f"{file} row {row}"
+
     def rows_a_file(self) -> list[dict[str, Any]]:
         counts = np.diff([*self.begins, self.num_rows]).tolist()
         return [{"file": file, "rows": rows} for file, rows in zip(self.files, counts, strict=True)]
@@ -149,9 +155,9 @@ def _duplicates(found: Audit) -> Iterator[tuple[int, str, str]]:
     is_duplicate_R = np.zeros(train.num_rows, dtype=bool)
     for row, first in duplicates(train.row_hashes.values):
         is_duplicate_R[row] = True
-        yield row, "duplicate", f"the same as {_said(train.place(first))}"
+        yield row, "duplicate", f"the same as {train.said(first, row)}"
     for row, other, similar in near_duplicates(train.signatures.values, is_duplicate_R):
-        yield row, "near-duplicate", f"about {similar:.0%} the same as {_said(train.place(other))}"
+        yield row, "near-duplicate", f"about {similar:.0%} the same as {train.said(other, row)}"
 
 
 def _leaks(found: Audit) -> Iterator[tuple[int, str, str]]:
@@ -163,11 +169,7 @@ def _leaks(found: Audit) -> Iterator[tuple[int, str, str]]:
     if len(hashes_V):
         is_leak_R = (hashes_V[places_R] == hashes_R) & (hashes_R != NO_HASH)
     for row in np.flatnonzero(is_leak_R).tolist():
-        yield row, "leak", f"asks what {_said(val.place(int(firsts_V[places_R[row]])))} asks"
+        yield row, "leak", f"asks what {val.said(int(firsts_V[places_R[row]]))} asks"
     for row, other, similar in near_matches(train.signatures.values, val.signatures.values):
         if not is_leak_R[row]:
-            yield row, "near-leak", f"about {similar:.0%} the same as {_said(val.place(other))}"
-
-
-def _said(place: tuple[str, int]) -> str:
-    return f"{place[0]} row {place[1]}"
+            yield row, "near-leak", f"about {similar:.0%} the same as {val.said(other)}"

@@ -93,19 +93,16 @@ def _tokens(found: Audit, checks: Checks) -> dict[str, Any]:
 
 
 def _histogram(lengths_N: np.ndarray) -> list[dict[str, int]]:
-    """Bars of one width up to the 99th percentile, and one for all longer samples."""
-    border = int(np.percentile(lengths_N, 99)) + 1
-    width = max(1, -(-border // (BARS - 1)))
-    counts = np.bincount(np.minimum(lengths_N // width, BARS - 1), minlength=BARS)
-    lasts = [*range(width - 1, width * (BARS - 1), width), int(lengths_N.max())]
-    bars = [
-        {"from": i * width, "to": lasts[i], "samples": int(count)}
-        for i, count in enumerate(counts)
-        if lasts[i] >= i * width
+    """Bars of one width from the shortest to the 99th percentile, and one for all that are longer."""
+    least, most = int(lengths_N.min()), int(lengths_N.max())
+    width = max(1, -(-(int(np.percentile(lengths_N, 99)) + 1 - least) // (BARS - 1)))
+    counts = np.bincount(np.minimum((lengths_N - least) // width, BARS - 1))
+    begins = [least + bar * width for bar in range(len(counts))]
+    ends = [*(begin - 1 for begin in begins[1:]), most]
+    return [
+        {"from": begin, "to": end, "samples": int(count)}
+        for begin, end, count in zip(begins, ends, counts, strict=True)
     ]
-    while not bars[-1]["samples"]:
-        bars.pop()
-    return bars
 
 
 def _padded(kept_N: np.ndarray) -> dict[str, int]:

@@ -29,7 +29,7 @@ def check_conversation(conversation: Conversation) -> Iterator[Found]:
     if messages and messages[-1]["role"] != "assistant":
         yield "no-final-answer", f"the last of {len(messages)} messages is from {messages[-1]['role']!r}"
     for number, (message, text) in enumerate(zip(messages, texts, strict=True)):
-        if not text.strip() and not _says_otherwise(message):
+        if not text.strip() and message["role"] != "tool" and not _says_otherwise(message):  # a tool may answer nothing
             yield "empty-turn", f"message {number} ({message['role']}) is {text!r}"
         if found := _unseen(text):
             yield "control-character", f"message {number} ({message['role']}): {found}"
