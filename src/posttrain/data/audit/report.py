@@ -172,10 +172,12 @@ def _picture(tokens: dict[str, Any]) -> RenderableType:
     most = max(bar["samples"] for bar in tokens["lengths"])
     text = Text("tokens            samples\n", "bold")
     for bar in tokens["lengths"]:
-        is_long = bar["to"] > tokens["max_length"]
+        is_long = bar["samples"] and bar["to"] > tokens["max_length"]
+        begins_within = bar["from"] <= tokens["max_length"]
         text.append(f"{bar['from']:>7,} - {bar['to']:>7,} ")
         text.append("█" * -(-bar["samples"] * _BAR_WIDTH // most), "red" if is_long else "green")
-        text.append(f" {bar['samples']:,}{'  beyond data.max_length' if is_long and bar['samples'] else ''}\n")
+        text.append(f" {bar['samples']:,}")
+        text.append(f"  {'some ' if begins_within else ''}beyond data.max_length\n" if is_long else "\n")
     return text
 
 
