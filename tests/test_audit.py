@@ -11,6 +11,7 @@ import pytest
 
 from posttrain.data import workers
 from posttrain.data.audit import chunk
+from posttrain.data.audit import clean as cleaning
 from posttrain.data.audit.arithmetic import disagreeing_answer, disagreeing_truth, wrong_calculations
 from posttrain.data.audit.audit import audit
 from posttrain.data.audit.chunk import Checks
@@ -233,10 +234,10 @@ def test_rows_that_are_tokens_already_are_counted_and_compared(write, monkeypatc
         return Tokens(np.array(row["ids"], dtype=np.int32), np.array(row["weights"], dtype=np.float32))
 
     monkeypatch.setattr(chunk, "to_conversation", tokens)
-    rows = [{"ids": [1, 2, 3], "weights": [0, 1, 1]}, {"ids": [4, 5], "weights": [0, 0]}]
+    rows = [{"ids": [1, 2, 3], "weights": [0, 1, 1]}, {"ids": [4, 5], "weights": [1, 0]}]
     audited = check(write([*rows, rows[0]]), max_length=2, truncation="right")
     assert audited.findings.counts == {"too-long": 2, "unusable": 1, "duplicate": 1}
-    assert audited.tokens == {("pre-tokenized", "text"): 8} and audited.num_trained == 2
+    assert audited.tokens == {("pre-tokenized", "text"): 8} and audited.num_trained == 2  # the first token is no target
 
 
 def test_worker_processes_find_the_same_as_one(write, monkeypatch):
@@ -277,7 +278,8 @@ def parquet_file(file, rows):
     pq.write_table(pa.Table.from_pylist(rows, schema), file, compression="zstd", row_group_size=3)
 
 
-def test_cleaning_keeps_schema_order_and_bytes_and_says_what_it_left_out(write, tmp_path):
+def test_cleaning_keeps_schema_order_and_bytes_and_says_what_it_left_out(write, tmp_path, monkeypatch):
+    monkeypatch.setattr(cleaning, "ROWS_A_READ", 2)
     rows = [
         {"extra": {"i": i, "tags": ["a", None]}, **turns(f"Question {i % 5}?", f"Answer {i % 5}.")} for i in range(7)
     ]
