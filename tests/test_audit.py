@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from posttrain.data import workers
-from posttrain.data.audit import chunk
+from posttrain.data.audit import chunk, duplicates
 from posttrain.data.audit import clean as cleaning
 from posttrain.data.audit.arithmetic import disagreeing_answer, disagreeing_truth, wrong_calculations
 from posttrain.data.audit.audit import audit
@@ -143,7 +143,8 @@ def test_estimated_similarity_is_the_share_of_common_shingles_and_bands_find_wha
     }
 
 
-def test_rows_that_leak_from_validation_are_found_by_question_and_by_likeness(write):
+def test_rows_that_leak_from_validation_are_found_by_question_and_by_likeness(write, monkeypatch):
+    monkeypatch.setattr(duplicates, "ROWS_MATCHED_AT_ONCE", 2)
     val = [turns("What is 3+4?", "It is 7."), turns(LONG + LONG, "b")]
     rows = [
         turns("What  is 3+4?", "Seven!", system=PROMPT),
@@ -358,7 +359,11 @@ def test_the_commands_print_find_and_write(posttrain, tiny, write):
     bad = write([turns("a", "b"), turns("a", "b"), turns("c", "d"), *(row for row, _ in FAULTS)])[0].name
     both = ("--files", tiny / "train.parquet", "--files", bad, "--val_files", tiny / "test.parquet")
     tokenizer = ("--tokenizer", tiny / "model", "data.max_length=60", "data.truncation=right")
-    told = json.loads(posttrain("data", "check", *both, *tokenizer, "--json", "--output", "found").stdout)
+    told = json.loads(
+        posttrain(
+            "data", "check", *both, *tokenizer, "--json", "--output", "$HERE/found", HERE=str(posttrain.folder)
+        ).stdout
+    )
     assert told["rows_read"] == 200 + 3 + len(FAULTS) and told["not_checked"] == []
     assert told["findings"]["cut-answer"]["count"] > 0 and told["tokens"]["num_trained_tokens"] > 0
     assert json.loads((posttrain.folder / "found/report.json").read_text()) == told

@@ -16,12 +16,20 @@ if TYPE_CHECKING:
     from posttrain.data.audit.chunk import Checks
     from posttrain.data.sources import Source
 
+
+def _path(text: str) -> Path:
+    from posttrain.config.schema import expand_path
+
+    return Path(expand_path(text))
+
+
 Files = Annotated[list[str] | None, typer.Option("--files", help="Rows to check; or data.train_files=.")]
 ValFiles = Annotated[
     list[str] | None, typer.Option("--val_files", help="Rows that must not be among them; or data.val_files=.")
 ]
 Tokenizer = Annotated[str | None, typer.Option("--tokenizer", help="Tokenizer folder or hub name; or model.path=.")]
 ChatTemplate = Annotated[str | None, typer.Option("--chat_template", help="File with a chat template.")]
+
 data_app = typer.Typer(help="Prepare data, and look at it as it will be trained.", no_args_is_help=True)
 
 
@@ -102,11 +110,13 @@ def data_check(
     val_files: ValFiles = None,
     tokenizer: Tokenizer = None,
     chat_template: ChatTemplate = None,
-    output: Annotated[Path | None, typer.Option(help="Folder for report.json and findings.jsonl.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(parser=_path, help="Folder for report.json and findings.jsonl.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Check every row before training: what cannot be used, is there twice, leaks, is cut, or could be wrong."""
-    config = _resolved(options, tokenizer, chat_template)
+    config = _resolved(options, files, val_files, tokenizer, chat_template)
     from contextlib import nullcontext
 
     from posttrain.data.audit.audit import audit
@@ -114,7 +124,7 @@ def data_check(
     from posttrain.data.audit.report import report
     from posttrain.run.progress import Display
 
-    sources, val_sources, checks = _train_sources(config, files), _val_sources(config, val_files), _checks(config)
+    sources, val_sources, checks = _train_sources(config), _val_sources(config), _checks(config)
     with Display(shown=not as_json) as display, output_folder(output) if output else nullcontext() as folder:
         display.begin_work("checking rows", None)
         with open(folder.new_file(FINDINGS), "w") if folder else nullcontext() as file:
@@ -132,7 +142,9 @@ def data_check(
 
 @data_app.command("clean")
 def data_clean(
-    output: Annotated[Path, typer.Option(help="Folder for the cleaned files, report.json and left_out.jsonl.")],
+    output: Annotated[
+        Path, typer.Option(parser=_path, help="Folder for the cleaned files, report.json and left_out.jsonl.")
+    ],
     options: Overrides = None,
     files: Files = None,
     val_files: ValFiles = None,
@@ -144,18 +156,18 @@ def data_clean(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Write the rows without those that `data check` finds fault with. The files themselves stay as they are."""
-    config = _resolved(options, tokenizer, chat_template)
+    config = _resolved(options, files, val_files, tokenizer, chat_template)
     from posttrain.data.audit.clean import checked_kinds, clean
     from posttrain.data.audit.findings import DROPPED_BY_DEFAULT
     from posttrain.data.audit.folder import LEFT_OUT
     from posttrain.run.progress import Display
 
     kinds = checked_kinds(drop) if drop else DROPPED_BY_DEFAULT
-    sources, val_sources, checks = _train_sources(config, files), _val_sources(config, val_files), _checks(config)
+    sources, val_sources, checks = _train_sources(config), _val_sources(config), _checks(config)
     with Display(shown=not as_json) as display:
         display.begin_work("checking rows", None)
         told = clean(
-            sources, val_sources, checks, kinds, output, find_again=lambda: _train_sources(config, files),
+            sources, val_sources, checks, kinds, output, find_again=lambda: _train_sources(config),
             num_workers=config.data.num_workers, progress=display.advance,
         )  # fmt: skip
     if as_json:
@@ -166,22 +178,31 @@ def data_clean(
     print(f"written {told['rows_written']:,} rows: {', '.join(told['written'])}")
 
 
-def _resolved(options: list[str] | None, tokenizer: str | None, chat_template: str | None) -> Config:
-    return resolve(options, {"model.tokenizer_path": tokenizer, "data.chat_template": chat_template}, None).config
+def _resolved(
+    options: list[str] | None,
+    files: list[str] | None,
+    val_files: list[str] | None,
+    tokenizer: str | None,
+    chat_template: str | None,
+) -> Config:
+    named = {"data.train_files": files, "data.val_files": val_files}
+    given = [f"{key}={list(names)!r}" for key, names in named.items() if names]
+    flags = {"model.tokenizer_path": tokenizer, "data.chat_template": chat_template}
+    return resolve([*(options or []), *given], flags, None).config
 
 
-def _train_sources(config: Config, files: list[str] | None) -> list[Source]:
+def _train_sources(config: Config) -> list[Source]:
     from posttrain.data.sources import find_sources
 
     data = config.data
-    return find_sources(files or data.train_files, "data.train_files", data.train_split, data.hub_config)
+    return find_sources(data.train_files, "data.train_files", data.train_split, data.hub_config)
 
 
-def _val_sources(config: Config, files: list[str] | None) -> list[Source]:
+def _val_sources(config: Config) -> list[Source]:
     from posttrain.data.sources import find_sources
 
-    data, names = config.data, files or config.data.val_files
-    return find_sources(names, "data.val_files", data.val_split, data.hub_config) if names else []
+    data = config.data
+    return find_sources(data.val_files, "data.val_files", data.val_split, data.hub_config) if data.val_files else []
 
 
 def _checks(config: Config) -> Checks:

@@ -22,7 +22,8 @@ SIMILAR = 0.8  # share of shingles in common from which rows are called nearly t
 BANDS, PLACES_A_BAND = 12, 5
 SIGNATURE_PLACES = BANDS * PLACES_A_BAND
 WORDS_A_SHINGLE = 3
-PAIRS_AT_ONCE = 65_536
+PAIRS_AT_ONCE = 65_536  # these and the next bound what is copied
+ROWS_MATCHED_AT_ONCE = 131_072
 NO_HASH = np.uint64(0)  # of rows that cannot be compared
 
 _FACTORS_K, _OFFSETS_K = np.random.default_rng(7).integers(1, 2**32, (2, SIGNATURE_PLACES, 1), dtype=np.uint32)
@@ -103,11 +104,12 @@ def near_duplicates(signatures_RK: np.ndarray, skipped_R: np.ndarray) -> Iterato
 def near_matches(signatures_RK: np.ndarray, known_RK: np.ndarray) -> Iterator[tuple[int, int, float]]:
     """(row, a row of the known ones that it is like, how similar), in order."""
     num_known = len(known_RK)
-    both_RK = np.concatenate([known_RK, signatures_RK])
-    for row, others in _grouped(_similar_pairs(both_RK, np.zeros(len(both_RK), dtype=bool), num_known)):
-        if row >= num_known:
-            other, similar = _most_similar(both_RK, row, others)
-            yield row - num_known, other, similar
+    for begin in range(0, len(signatures_RK) if num_known else 0, ROWS_MATCHED_AT_ONCE):
+        both_RK = np.concatenate([known_RK, signatures_RK[begin : begin + ROWS_MATCHED_AT_ONCE]])
+        for row, others in _grouped(_similar_pairs(both_RK, np.zeros(len(both_RK), dtype=bool), num_known)):
+            if row >= num_known:
+                other, similar = _most_similar(both_RK, row, others)
+                yield begin + row - num_known, other, similar
 
 
 def _similar_pairs(signatures_RK: np.ndarray, skipped_R: np.ndarray, num_earlier: int) -> np.ndarray:
