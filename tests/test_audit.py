@@ -355,6 +355,7 @@ def test_a_set_whose_columns_are_not_recognised_is_an_error(write):
         check(write([], "blank.jsonl", "\n\n"))
 
 
+@pytest.mark.slow
 def test_the_commands_print_find_and_write(posttrain, tiny, write):
     bad = write([turns("a", "b"), turns("a", "b"), turns("c", "d"), *(row for row, _ in FAULTS)])[0].name
     both = ("--files", tiny / "train.parquet", "--files", bad, "--val_files", tiny / "test.parquet")

@@ -217,8 +217,7 @@ def _checks(config: Config) -> Checks:
         make_chat = chat_maker(config)
     elif data.chat_template:
         raise InputError("--chat_template needs a tokenizer beside it: --tokenizer DIR, or model.path=DIR.")
-    columns = Columns(data.messages_key, data.prompt_key, data.response_key)
-    return Checks(columns, make_chat, data.max_length, data.truncation)
+    return Checks(Columns.of(data), make_chat, data.max_length, data.truncation)
 
 
 def _print_report(told: dict[str, Any], as_json: bool) -> None:

@@ -15,12 +15,14 @@ from typing import IO, Any
 
 import numpy as np
 
-from posttrain.data.audit.chunk import UNRECOGNISED, Checked, Checks, ChunkChecker, PartOfRole, compare_only
+from posttrain.data.audit.chunk import Checked, Checks, ChunkChecker, PartOfRole, compare_only
 from posttrain.data.audit.duplicates import NO_HASH, SIGNATURE_PLACES, duplicates, near_duplicates, near_matches
 from posttrain.data.audit.findings import NUMBERS, Finding, Findings
 from posttrain.data.sources import Source, read_rows
 from posttrain.data.workers import map_chunks
 from posttrain.errors import InputError
+
+UNRECOGNISED = ("no conversation recognised", "no column ")  # beginnings of reasons that an option may be the cause of
 
 
 class Column:
@@ -128,9 +130,7 @@ def audit(
 def _check_recognised(first: Checked) -> None:
     """Raise InputError where no row has the columns that are looked for: then an option is wrong, and not the rows."""
     unrecognised = [
-        text
-        for _, kind, text, reason in first.findings
-        if kind == "unusable" and (reason == UNRECOGNISED or reason.startswith("no column "))
+        text for _, kind, text, reason in first.findings if kind == "unusable" and reason.startswith(UNRECOGNISED)
     ]
     if len(unrecognised) == len(first.places):
         raise InputError(f"{first.places[0][0]} row 0: {unrecognised[0]}")

@@ -18,10 +18,8 @@ from posttrain.data.chat import ChatTokenizer
 from posttrain.data.encoded import Encoded, Part
 from posttrain.data.formats import Columns, RowError, to_conversation
 from posttrain.data.sources import Row
-from posttrain.errors import InputError
 from posttrain.records import Conversation, Tokens
 
-UNRECOGNISED = "no conversation recognised"
 TOO_LONG, NOTHING_TRAINED = "longer than data.max_length", "no trained token left"  # as training counts them
 
 _FATE = {
@@ -111,8 +109,6 @@ def _record(row: Row, columns: Columns) -> Record:
         return to_conversation(row.values, columns)
     except RowError as error:
         return error
-    except InputError as error:
-        return RowError(UNRECOGNISED, str(error))
 
 
 def _compared(rows: tuple[Row, ...], records: list[Record]) -> Checked:
