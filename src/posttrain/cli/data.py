@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from posttrain.cli.begin import Overrides, print_json, resolve
 from posttrain.errors import InputError
+
+if TYPE_CHECKING:
+    from posttrain.config.schema import Config
+    from posttrain.data.audit.chunk import Checks
+    from posttrain.data.sources import Source
+
+
+def _path(text: str) -> Path:
+    from posttrain.config.schema import expand_path
+
+    return Path(expand_path(text))
+
+
+Files = Annotated[list[str] | None, typer.Option("--files", help="Rows to check; or data.train_files=.")]
+ValFiles = Annotated[
+    list[str] | None, typer.Option("--val_files", help="Rows that must not be among them; or data.val_files=.")
+]
+Tokenizer = Annotated[str | None, typer.Option("--tokenizer", help="Tokenizer folder or hub name; or model.path=.")]
+ChatTemplate = Annotated[str | None, typer.Option("--chat_template", help="File with a chat template.")]
 
 data_app = typer.Typer(help="Prepare data, and look at it as it will be trained.", no_args_is_help=True)
 
@@ -80,6 +101,134 @@ def data_show(
         print(write_page(html, showing.summary(step), groups))
     else:
         print_groups(groups)
+
+
+@data_app.command("check")
+def data_check(
+    options: Overrides = None,
+    files: Files = None,
+    val_files: ValFiles = None,
+    tokenizer: Tokenizer = None,
+    chat_template: ChatTemplate = None,
+    output: Annotated[
+        Path | None, typer.Option(parser=_path, help="Folder for report.json and findings.jsonl.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Check every row before training: what cannot be used, is there twice, leaks, is cut, or could be wrong."""
+    config = _resolved(options, files, val_files, tokenizer, chat_template)
+    from contextlib import nullcontext
+
+    from posttrain.data.audit.audit import audit
+    from posttrain.data.audit.folder import FINDINGS, REPORT, output_folder
+    from posttrain.data.audit.report import report
+    from posttrain.run.progress import Display
+
+    sources, val_sources, checks = _train_sources(config), _val_sources(config), _checks(config)
+    with Display(shown=not as_json) as display, output_folder(output) if output else nullcontext() as folder:
+        display.begin_work("checking rows", None)
+        with open(folder.new_file(FINDINGS), "w") if folder else nullcontext() as file:
+            found = audit(
+                sources, val_sources, checks, file=file, num_workers=config.data.num_workers, progress=display.advance
+            )
+        display.end_work()
+        told = report(found, checks)
+        if folder:
+            folder.write_json(REPORT, told)
+    _print_report(told, as_json)
+    if output and not as_json:
+        print(f"every finding: {output / FINDINGS}")
+
+
+@data_app.command("clean")
+def data_clean(
+    output: Annotated[
+        Path, typer.Option(parser=_path, help="Folder for the cleaned files, report.json and left_out.jsonl.")
+    ],
+    options: Overrides = None,
+    files: Files = None,
+    val_files: ValFiles = None,
+    tokenizer: Tokenizer = None,
+    chat_template: ChatTemplate = None,
+    drop: Annotated[
+        list[str] | None, typer.Option(help="Kinds of findings to leave out; not given: unusable,duplicate,leak.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Write the rows without those that `data check` finds fault with. The files themselves stay as they are."""
+    config = _resolved(options, files, val_files, tokenizer, chat_template)
+    from posttrain.data.audit.clean import checked_kinds, clean
+    from posttrain.data.audit.findings import DROPPED_BY_DEFAULT
+    from posttrain.data.audit.folder import LEFT_OUT
+    from posttrain.run.progress import Display
+
+    kinds = checked_kinds(drop) if drop else DROPPED_BY_DEFAULT
+    sources, val_sources, checks = _train_sources(config), _val_sources(config), _checks(config)
+    with Display(shown=not as_json) as display:
+        display.begin_work("checking rows", None)
+        told = clean(
+            sources, val_sources, checks, kinds, output, find_again=lambda: _train_sources(config),
+            num_workers=config.data.num_workers, progress=display.advance,
+        )  # fmt: skip
+    if as_json:
+        print_json(told)
+        return
+    _print_report(told, as_json)
+    print(f"\nleft out {told['rows_left_out']:,} rows ({', '.join(kinds)}): {output / LEFT_OUT}")
+    print(f"written {told['rows_written']:,} rows: {', '.join(told['written'])}")
+
+
+def _resolved(
+    options: list[str] | None,
+    files: list[str] | None,
+    val_files: list[str] | None,
+    tokenizer: str | None,
+    chat_template: str | None,
+) -> Config:
+    named = {"data.train_files": files, "data.val_files": val_files}
+    given = [f"{key}={list(names)!r}" for key, names in named.items() if names]
+    flags = {"model.tokenizer_path": tokenizer, "data.chat_template": chat_template}
+    return resolve([*(options or []), *given], flags, None).config
+
+
+def _train_sources(config: Config) -> list[Source]:
+    from posttrain.data.sources import find_sources
+
+    data = config.data
+    return find_sources(data.train_files, "data.train_files", data.train_split, data.hub_config)
+
+
+def _val_sources(config: Config) -> list[Source]:
+    from posttrain.data.sources import find_sources
+
+    data = config.data
+    return find_sources(data.val_files, "data.val_files", data.val_split, data.hub_config) if data.val_files else []
+
+
+def _checks(config: Config) -> Checks:
+    """What rows are checked against: with a tokenizer where one is named."""
+    from posttrain.data.audit.chunk import Checks
+    from posttrain.data.formats import Columns
+
+    data, make_chat = config.data, None
+    if config.model.tokenizer_path or config.model.path:
+        from posttrain.loops.training_data import chat_maker
+
+        make_chat = chat_maker(config)
+    elif data.chat_template:
+        raise InputError("--chat_template needs a tokenizer beside it: --tokenizer DIR, or model.path=DIR.")
+    return Checks(Columns.of(data), make_chat, data.max_length, data.truncation)
+
+
+def _print_report(told: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json(told)
+        return
+    from rich.console import Console
+
+    from posttrain.data.audit.report import as_page
+
+    Console(highlight=False, soft_wrap=not sys.stdout.isatty()).print(*as_page(told), sep="\n")
 
 
 @data_app.command("batches")

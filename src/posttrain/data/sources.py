@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from posttrain.errors import InputError
 
@@ -119,7 +119,8 @@ def _reader_of(suffix: str, name: str, option: str) -> str:
     return READERS[suffix]
 
 
-def _open(name: str):
+def open_file(name: str) -> IO[bytes]:
+    """The bytes of a file or an fsspec path."""
     import fsspec
 
     return fsspec.open(name, "rb").open()
@@ -129,7 +130,7 @@ def _read_parquet(source: Source) -> Iterator[dict[str, Any]]:
     import pyarrow.parquet
 
     def batches() -> Iterator[Any]:
-        with _open(source.name) as stream:
+        with open_file(source.name) as stream:
             yield from pyarrow.parquet.ParquetFile(stream).iter_batches(batch_size=ROWS_A_READ)
 
     return _arrow_rows(source, batches())
@@ -139,7 +140,7 @@ def _read_arrow(source: Source) -> Iterator[dict[str, Any]]:
     import pyarrow as pa
 
     def batches() -> Iterator[Any]:
-        with _open(source.name) as stream:
+        with open_file(source.name) as stream:
             is_file = stream.read(6) == b"ARROW1"  # datasets writes the stream form, feather the file form
             stream.seek(0)
             if not is_file:
@@ -196,7 +197,7 @@ def without_filler(value: Any) -> Any:
 
 
 def _read_lines(source: Source) -> Iterator[dict[str, Any]]:
-    with _open(source.name) as stream:
+    with open_file(source.name) as stream:
         for number, line in enumerate(stream):
             if not line.strip():
                 continue
@@ -207,7 +208,7 @@ def _read_lines(source: Source) -> Iterator[dict[str, Any]]:
 
 
 def _read_json(source: Source) -> Iterator[dict[str, Any]]:
-    with _open(source.name) as stream:
+    with open_file(source.name) as stream:
         text = stream.read()
     try:
         rows = json.loads(text)

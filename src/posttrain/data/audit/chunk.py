@@ -1,0 +1,191 @@
+"""A chunk of rows -> everything that the audit wants to know of them, small enough to travel between processes.
+
+Shape suffixes: R rows of the chunk, K places of a signature, N samples (a row may become several), T tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from posttrain.data.audit.duplicates import NO_HASH, compared_text, question_hash, row_hash, signatures
+from posttrain.data.audit.rows import check_conversation
+from posttrain.data.chat import ChatTokenizer
+from posttrain.data.encoded import Encoded, Part
+from posttrain.data.formats import Columns, RowError, to_conversation
+from posttrain.data.sources import Row
+from posttrain.records import Conversation, Tokens
+
+TOO_LONG, NOTHING_TRAINED = "longer than data.max_length", "no trained token left"  # as training counts them
+
+_FATE = {
+    "error": "stop the run (data.truncation=error)",
+    "drop": "are left out (data.truncation=drop)",
+    "left": "lose their beginning (data.truncation=left)",
+    "right": "lose their end (data.truncation=right)",
+}
+_PART_NAMES = tuple(part.name.lower() for part in Part)
+
+Record = Conversation | Tokens | RowError
+PartOfRole = tuple[str, str]  # such as ("assistant", "text")
+
+
+@dataclass(frozen=True)
+class Checks:
+    """What rows are checked against. Without `make_chat` nothing is tokenized; it must be picklable."""
+
+    columns: Columns
+    make_chat: Callable[[], ChatTokenizer] | None = None
+    max_length: int = 4096
+    truncation: str = "error"
+
+
+@dataclass
+class Checked:
+    """What became of a chunk. Findings are (number in the chunk, kind, found, reason)."""
+
+    places: list[tuple[str, int]]
+    row_hashes_R: np.ndarray  # uint64
+    question_hashes_R: np.ndarray  # uint64
+    signatures_RK: np.ndarray  # uint16
+    findings: list[tuple[int, str, str, str]] = field(default_factory=list)
+    lengths_N: list[int] = field(default_factory=list)  # before truncation
+    kept_lengths_N: list[int] = field(default_factory=list)  # after it, of the samples that are used
+    num_trained: int = 0  # targets after truncation
+    tokens: Counter[PartOfRole] = field(default_factory=Counter)  # before truncation
+    trained: Counter[PartOfRole] = field(default_factory=Counter)
+
+    def add(self, number: int, kind: str, found: str, reason: str = "") -> None:
+        self.findings.append((number, kind, found, reason))
+
+
+def compare_only(columns: Columns, rows: tuple[Row, ...]) -> Checked:
+    """Hashes and signatures alone."""
+    return _compared(rows, [_record(row, columns) for row in rows])
+
+
+class ChunkChecker:
+    """Checks chunks of rows, with a tokenizer of its own."""
+
+    def __init__(self, checks: Checks):
+        self.checks = checks
+        self.chat = checks.make_chat() if checks.make_chat else None
+
+    def __call__(self, rows: tuple[Row, ...]) -> Checked:
+        records = [_record(row, self.checks.columns) for row in rows]
+        checked = _compared(rows, records)
+        for number, record in enumerate(records):
+            if isinstance(record, RowError):
+                checked.add(number, "unusable", f"{record.kind}: {record}", record.kind)
+            elif isinstance(record, Conversation):
+                for kind, found in check_conversation(record):
+                    checked.add(number, kind, found)
+        for number, record, samples in self._encoded(records):
+            if isinstance(samples, RowError):
+                checked.add(number, "unusable", f"{samples.kind}: {samples}", samples.kind)
+                continue
+            for sample in samples:
+                _count_sample(checked, number, record, sample, self.checks)
+        return checked
+
+    def _encoded(
+        self, records: list[Record]
+    ) -> Iterator[tuple[int, Conversation | Tokens, list[Encoded | Tokens] | RowError]]:
+        conversations = [r for r in records if isinstance(r, Conversation)]
+        encoded = iter(self.chat.encode_many(conversations) if self.chat else [])
+        for number, record in enumerate(records):
+            if isinstance(record, Tokens):
+                yield number, record, [record]
+            elif isinstance(record, Conversation) and self.chat:
+                yield number, record, next(encoded)  # type: ignore[misc]
+
+
+def _record(row: Row, columns: Columns) -> Record:
+    try:
+        return to_conversation(row.values, columns)
+    except RowError as error:
+        return error
+
+
+def _compared(rows: tuple[Row, ...], records: list[Record]) -> Checked:
+    known = [None if isinstance(r, RowError) else r for r in records]
+    return Checked(
+        [(row.source, row.number) for row in rows],
+        np.array([NO_HASH if r is None else row_hash(r) for r in known], dtype=np.uint64),
+        np.array([NO_HASH if r is None else question_hash(r) for r in known], dtype=np.uint64),
+        signatures(["" if r is None else compared_text(r) for r in known]),
+    )
+
+
+def _count_sample(
+    checked: Checked, number: int, record: Conversation | Tokens, sample: Encoded | Tokens, checks: Checks
+) -> None:
+    length = len(sample.ids_T)
+    checked.lengths_N.append(length)
+    _count_parts(checked, record, sample)
+    begin, end = _kept(length, checks)
+    if isinstance(sample, Encoded):
+        _check_turns(checked, number, sample, begin, end, checks)
+        for note in sample.notes:
+            checked.add(number, "note", note, _kind_of_note(note))
+    if length > checks.max_length:
+        checked.add(number, "too-long", f"{length} tokens", _FATE[checks.truncation])
+    if begin == end:
+        return
+    num_trained = int((sample.weights_T[begin + 1 : end] > 0).sum())  # the first token is nobody's target
+    if num_trained:
+        checked.kept_lengths_N.append(end - begin)
+        checked.num_trained += num_trained
+    else:
+        checked.add(number, "unusable", f"{NOTHING_TRAINED}: none of {end - begin} tokens is a target", NOTHING_TRAINED)
+
+
+def _kind_of_note(note: str) -> str:
+    """The note without what belongs to one row: the message's number, and long quotations."""
+    return re.sub(r"'[^']{30,}'", "'…'", re.sub(r"^message \d+: ", "", note))
+
+
+def _kept(length: int, checks: Checks) -> tuple[int, int]:
+    """The tokens that data.truncation leaves; none where it leaves the sample out, or stops."""
+    if length <= checks.max_length:
+        return 0, length
+    match checks.truncation:
+        case "left":
+            return length - checks.max_length, length
+        case "right":
+            return 0, checks.max_length
+    return 0, 0
+
+
+def _check_turns(checked: Checked, number: int, sample: Encoded, begin: int, end: int, checks: Checks) -> None:
+    for turn in sample.turns:
+        if turn.weight <= 0 or turn.begin == turn.end:
+            continue
+        if not sample.weights_T[turn.end - 1] > 0:
+            checked.add(number, "end-untrained", f"message {turn.message} ends at token {turn.end - 1}, of weight 0")
+        if end > begin and (turn.begin < begin or turn.end > end):
+            lost = max(begin - turn.begin, 0) + max(turn.end - end, 0)
+            lost, size = min(lost, turn.end - turn.begin), turn.end - turn.begin
+            checked.add(
+                number, "cut-answer", f"message {turn.message} loses {lost} of {size} tokens at the {checks.truncation}"
+            )
+
+
+def _count_parts(checked: Checked, record: Conversation | Tokens, sample: Encoded | Tokens) -> None:
+    if isinstance(sample, Tokens) or isinstance(record, Tokens):
+        checked.tokens["pre-tokenized", "text"] += len(sample.ids_T)
+        checked.trained["pre-tokenized", "text"] += int((sample.weights_T > 0).sum())
+        return
+    roles = ["template", *(message["role"] for message in record.messages)]
+    codes_T = (sample.messages_T.astype(np.int64) + 1) * len(_PART_NAMES) + sample.parts_T
+    for counter, counts in (
+        (checked.tokens, np.bincount(codes_T)),
+        (checked.trained, np.bincount(codes_T[sample.trained_T])),
+    ):
+        for code in np.flatnonzero(counts):
+            message, part = divmod(int(code), len(_PART_NAMES))
+            counter[roles[message], _PART_NAMES[part]] += int(counts[code])

@@ -1,0 +1,67 @@
+"""Rows in chunks through worker processes, results in the order of the rows."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from itertools import chain, islice
+from multiprocessing import get_context
+from typing import Any, TypeVar
+
+from posttrain.data.sources import Row
+
+ROWS_A_CHUNK = 256
+# Workers take seconds to start, in which one process does about this many rows.
+ROWS_BEFORE_WORKERS = 8192
+CHUNKS_WAITING_A_WORKER = 4
+
+Result = TypeVar("Result")
+Work = Callable[[tuple[Row, ...]], Result]
+
+
+def map_chunks(make_work: Callable[[], Work[Result]], rows: Iterator[Row], num_workers: int | None) -> Iterator[Result]:
+    """The work's result for each chunk of rows: here while they are few, on worker processes from then on.
+
+    `make_work` must be picklable: it is called here and once in each worker. `num_workers` None is one a core.
+    """
+    workers = os.cpu_count() or 1 if num_workers is None else num_workers
+    work = make_work()
+    for chunk in chunks(rows if workers < 2 else islice(rows, ROWS_BEFORE_WORKERS)):
+        yield work(chunk)
+    rest = next(rows, None)
+    if rest is None:
+        return
+    # spawned, not forked: a fork would copy locks that a tokenizer's threads hold
+    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (make_work,)) as pool:
+        yield from _in_order(pool, chunks(chain([rest], rows)), CHUNKS_WAITING_A_WORKER * workers)
+
+
+def chunks(rows: Iterable[Row]) -> Iterator[tuple[Row, ...]]:
+    rows = iter(rows)
+    while chunk := tuple(islice(rows, ROWS_A_CHUNK)):
+        yield chunk
+
+
+def _in_order(pool: ProcessPoolExecutor, todo: Iterable[tuple[Row, ...]], most_waiting: int) -> Iterator[Any]:
+    """Never reading far ahead of the workers."""
+    waiting: list[Future[Any]] = []
+    for chunk in todo:
+        waiting.append(pool.submit(_work_in_worker, chunk))
+        if len(waiting) >= most_waiting:
+            yield waiting.pop(0).result()
+    for future in waiting:
+        yield future.result()
+
+
+_work: Work[Any]
+
+
+def _start_worker(make_work: Callable[[], Work[Any]]) -> None:
+    global _work  # a worker process keeps its tokenizer between chunks
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    _work = make_work()
+
+
+def _work_in_worker(rows: tuple[Row, ...]) -> Any:
+    return _work(rows)
