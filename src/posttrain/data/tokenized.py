@@ -249,7 +249,7 @@ def _in_order(
 def _encode_chunk(chat: ChatTokenizer, columns: Columns, rows: Iterable[Row]) -> list[Outcome]:
     rows = list(rows)
     conversations = [_conversation_or_error(row, columns) for row in rows]
-    encoded = iter(chat.encode_many([c for c in conversations if not isinstance(c, RowError)]))
+    encoded = iter(chat.encode_many([c for c in conversations if not isinstance(c, RowError)], origins=False))
     outcomes: list[Outcome] = []
     for row, conversation in zip(rows, conversations, strict=True):
         result = conversation if isinstance(conversation, RowError) else next(encoded)

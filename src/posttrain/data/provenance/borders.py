@@ -27,6 +27,7 @@ REFUSED = "refused by the template"
 _OPENED_REASONING = re.compile(
     "|".join(rf"(?:{re.escape(begin)}\s*(?:{re.escape(end)}\s*)?$)" for begin, end in REASONING_TAGS)
 )
+_REASONING_CLOSERS = {(end, begin) for begin, end in REASONING_TAGS}
 _PROBE = "posttrain"
 _USER = {"role": "user", "content": _PROBE}
 _KEPT = 50_000  # answers; a set of rows needs a few dozen
@@ -84,8 +85,10 @@ class Borders:
             raise RowError(UNPROVEN, f"message {turn}: {found}")
         last = [match for match in self._controls.finditer(after, 0, found)][-1].group()
         opener = self._opener_of(last)
-        if opener and opener in inside:
+        if opener and (opener in inside or (last, opener) in _REASONING_CLOSERS):
             raise RowError(UNPROVEN, f"no token ends message {turn}: {last!r} only closes {opener!r}")
+        if closer := self._closer_of(last):
+            raise RowError(UNPROVEN, f"no token ends message {turn}: {last!r} opens what {closer!r} closes")
         return found
 
     def _begin(self, conversation: MarkedConversation, turn: int, gap: str, before: int) -> tuple[int, str] | str:
@@ -166,10 +169,11 @@ class Borders:
         return found
 
     def _asks_for_more(self, conversation: MarkedConversation, turn: int, go_on: str, cut: str) -> bool:
-        """Whether a conversation that is cut behind the turn ends with a header, as the prompt for the turn does."""
+        """Whether a conversation that is cut behind the turn ends with a header: with what the prompt for the turn holds too."""
         prompt, _ = self.render(conversation, turn, prompt=True).tail
-        shared = _common_prefix(prompt[::-1], cut[::-1])[::-1]
-        return self._controls.search(shared) is not None and not go_on.startswith(cut)
+        shared = len(_common_prefix(go_on, cut))
+        beyond = {control.group() for control in self._controls.finditer(cut) if control.end() > shared}
+        return not beyond.isdisjoint(self._controls.findall(prompt))
 
     def _ends_as_others(self, conversation: MarkedConversation, turn: int, go_on: str) -> bool:
         """Whether the turn, followed by more, ends with the very token that ends the message before the turn: a last turn may
@@ -219,6 +223,12 @@ class Borders:
                 if opener != control and self._controls.fullmatch(opener):
                     return opener
         return None
+
+    def _closer_of(self, control: str) -> str | None:
+        """The control string that closes this one, written as a tag: <a> and </a>, <|a> and <a|>."""
+        name = control.strip("<|>[]")
+        closers = (f"</{name}>", f"<{name}|>", f"[/{name}]")
+        return next((c for c in closers if c != control and control[1:2] != "/" and self._controls.fullmatch(c)), None)
 
     def _cached(self, about: Any, conversation: MarkedConversation, count: int, find: Callable[[], Any]) -> Any:
         key = (about, self._situation(conversation, count))

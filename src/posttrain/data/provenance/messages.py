@@ -107,11 +107,13 @@ def texts_of(content: Any) -> list[str]:
 
 def _with_reasoning_names(message: dict[str, Any]) -> dict[str, Any]:
     """The message as transformers hands it to a template: without nulls, reasoning under each of its names."""
-    try:
-        from transformers.utils.chat_template_utils import _alias_reasoning_fields
-    except ImportError:  # before transformers 5.20 or so there is one name only
-        return {key: value for key, value in message.items() if value is not None}
-    return _alias_reasoning_fields([{key: value for key, value in message.items() if value is not None}])[0]
+    message = {key: value for key, value in message.items() if value is not None}
+    if message.keys().isdisjoint(REASONING_FIELDS):
+        return message
+    from transformers.utils import chat_template_utils
+
+    alias = getattr(chat_template_utils, "_alias_reasoning_fields", None)  # older versions have one name only
+    return alias([message])[0] if alias else message
 
 
 def _mark_message(trace: Trace, number: int, message: dict[str, Any]) -> dict[str, Any]:

@@ -58,7 +58,7 @@ class Rendered:
         if not self.codes:
             return []
         codes = self.code_array & ~np.uint32(GENERATED)
-        starts = np.concatenate([[0], np.flatnonzero(np.diff(codes)) + 1])
+        starts = np.concatenate([[0], np.flatnonzero(codes[1:] != codes[:-1]) + 1])
         ends = [*starts[1:].tolist(), len(codes)]
         pieces = zip(starts.tolist(), ends, codes[starts].tolist(), strict=True)
         runs = [(start, end, *owner_of(code)) for start, end, code in pieces]
@@ -80,7 +80,8 @@ class MarkedTemplate:
     def __init__(self, source: str, today: date):
         from transformers.utils.chat_template_utils import _compile_jinja_template
 
-        theirs = _compile_jinja_template(source).environment
+        self._theirs = _compile_jinja_template(source)
+        theirs = self._theirs.environment
         environment = theirs.overlay()
         environment.extensions = dict(theirs.extensions)
         environment.filters = {**theirs.filters, **_FILTERS}
@@ -107,6 +108,10 @@ class MarkedTemplate:
         """The rendering of messages that are marked already (`posttrain.data.provenance.messages`)."""
         output = self._template.render(**variables)
         return Rendered(str.__str__(output), codes_of(output))
+
+    def render_plain(self, **variables: Any) -> str:
+        """The rendering of unmarked messages by transformers' own template."""
+        return self._theirs.render(**variables)
 
 
 def written(value: Any) -> str:
