@@ -27,6 +27,18 @@ KINDS = {"mask": "WRONG", "ids": "WRONG", "lost": "lost", "garbage": "garbage", 
 MARKS = {EXACT: "✓", TEMPLATE_REFUSES: "·", "WRONG": "✗", "lost": "l", "garbage": "g", "unsure": "u"}
 
 
+PAGE = """# What is exact, and what is refused
+
+{templates} published chat templates, {shapes} shapes of conversations (`tests/shapes.py`): {counts}.
+
+A mask is called exact if an oracle that renders each case again by plain transformers agrees (`tests/oracle.py`): the ids are
+those of `apply_chat_template`; every turn is trained from where the generation prompt ends to the token that ends the turn, and
+nothing else; replacing any message's text by a random word changes just the text of that message. Each template has a tiny
+tokenizer of bytes to which the control strings that it mentions were added. The page is written by
+`python tests/judge_templates.py --templates DIR --table docs/templates.md`, and a test holds it true.
+"""
+
+
 @dataclass
 class Case:
     template: str
@@ -126,28 +138,34 @@ def _plain(text: str) -> str:
 
 
 def table(cases: list[Case]) -> str:
-    """Markdown: a row a template, a column a shape, and below what the marks mean."""
-    shapes = list(dict.fromkeys(case.shape for case in cases))
+    """The page docs/templates.md: a row a shape, a column a template, and below what the marks mean."""
+    templates = sorted(dict.fromkeys(case.template for case in cases))
     reasons = [reason for reason, _ in Counter(c.reason for c in cases if c.verdict == REFUSED).most_common()]
     letters = {reason: f"r{n}" for n, reason in enumerate(reasons, 1)}
-    rows: dict[str, list[str]] = {}
-    for case in cases:
-        mark = letters[case.reason] if case.verdict == REFUSED else MARKS[case.verdict]
-        rows.setdefault(case.template, []).append(mark)
+    marks = {(c.shape, c.template): letters[c.reason] if c.verdict == REFUSED else MARKS[c.verdict] for c in cases}
     verdicts = Counter(case.verdict for case in cases)
+    counts = ", ".join(
+        f"{count} {'refused by the template' if verdict == TEMPLATE_REFUSES else verdict}"
+        for verdict, count in verdicts.most_common()
+    )
     lines = [
-        f"{len(rows)} templates, {len(shapes)} shapes of conversations: "
-        + ", ".join(f"{count} {verdict}" for verdict, count in verdicts.most_common()) + ".", "",
-        "| template | " + " | ".join(str(n) for n in range(1, len(shapes) + 1)) + " |",
-        "|---" * (len(shapes) + 1) + "|",
-        *(f"| {name} | {' | '.join(marks)} |" for name, marks in sorted(rows.items())), "",
-        "Shapes: " + "; ".join(f"{n} {shape}" for n, shape in enumerate(shapes, 1)) + ".", "",
+        PAGE.format(templates=len(templates), shapes=len({case.shape for case in cases}), counts=counts),
+        *(f"{n}. {name}" for n, name in enumerate(templates, 1)), "",
+        "| conversation | " + " | ".join(str(n) for n in range(1, len(templates) + 1)) + " |",
+        "|---|" + ":-:|" * len(templates),
+        *(f"| {shape} | {' | '.join(marks[shape, name] for name in templates)} |"
+          for shape in dict.fromkeys(case.shape for case in cases)), "",
         "| mark | meaning |", "|---|---|",
-        "| ✓ | ids and mask are exact |", "| · | the template itself refuses the conversation |",
-        *(f"| {letters[reason]} | refused: {reason.replace('|', chr(92) + '|')} |" for reason in reasons),
+        f"| {MARKS[EXACT]} | ids and mask are exact |",
+        f"| {MARKS[TEMPLATE_REFUSES]} | the template itself raises an error: `apply_chat_template` does too |",
+        *(f"| {letters[reason]} | refused: {_as_cell(reason)} |" for reason in reasons),
         *(f"| {MARKS[kind]} | {kind} |" for kind in MARKS if verdicts[kind] and kind not in (EXACT, TEMPLATE_REFUSES)),
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
+
+
+def _as_cell(reason: str) -> str:
+    return reason.removeprefix("template cannot be masked: ").replace("|", "\\|")
 
 
 def main() -> int:

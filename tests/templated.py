@@ -10,6 +10,7 @@ CONTROL = re.compile(
     r"〈\|[A-Z_]+\|〉|<[|｜][^<>|｜\s'\"{}]{1,40}[|｜]>"  # <|im_start|>
     r"|<\|[a-z_]{2,20}>|<[a-z_]{2,20}\|>"  # <|turn> and <turn|>
     r"|\[/?[A-Z][A-Z_]{2,30}\]"  # [INST]
+    r"|</?seed:[a-z_]+>|\[\|[a-z]+\|\]|<SPECIAL_\d+>|\[e~\["
     r"|</?s>|<(?:bos|eos|pad|unk|sep|sop|eop)>|\[gMASK\]"
     r"|</?(?:think|tool_call|tool_response|tool_calls|assistant|user|system)>"
     r"|<(?:start|end|beginning|begin)_of_[a-z]+>|<end_message>|<extra_id_\d>"
@@ -17,7 +18,7 @@ CONTROL = re.compile(
 )
 ENDS = (
     "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<turn|>", "<|END_OF_TURN_TOKEN|>", "<｜end▁of▁sentence｜>", "<|end_of_text|>",
-    "<|return|>", "<|end|>", "<|eot|>", "<|endoftext|>", "<end_of_utterance>", "<|end_of_turn|>", "<|end_of_msg|>", "</s>", "<eos>",
+    "<|return|>", "<|end|>", "<|eot|>", "<|endoftext|>", "<end_of_utterance>", "<|end_of_turn|>", "<|end_of_msg|>", "</s>", "<eos>", "<seed:eos>",
 )  # fmt: skip
 BEGINS = ("<|begin_of_text|>", "<｜begin▁of▁sentence｜>", "<|startoftext|>", "<bos>", "<s>", "[gMASK]")
 

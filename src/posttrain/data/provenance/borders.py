@@ -69,10 +69,13 @@ class Borders:
             raise RowError(UNPROVEN, f"message {turn} {found}")
         return found
 
-    def end(self, conversation: MarkedConversation, turn: int, after: str, inside: str, own: int) -> int:
+    def end(
+        self, conversation: MarkedConversation, turn: int, after: str, inside: str, own: int, begin: int = 0
+    ) -> int:
         """How much of `after`, the text between the turn's own characters and the next content, belongs to the turn.
 
-        `inside` is what the template writes inside of the turn, `own` the message whose content is the last before `after`.
+        `inside` is what the template writes inside of the turn up to there, `own` the message whose content is the last before
+        `after`. An empty turn begins at `begin` in it.
         """
         is_last = turn == len(conversation.messages) - 1
         key = ("end", after, own - turn, is_last or conversation.plain[turn + 1]["role"])
@@ -83,9 +86,12 @@ class Borders:
         found = self._cached(key, conversation, turn + 1, find)
         if isinstance(found, str):
             raise RowError(UNPROVEN, f"message {turn}: {found}")
-        last = [match for match in self._controls.finditer(after, 0, found)][-1].group()
+        *_, match = self._controls.finditer(after, 0, found)
+        last = match.group()
         opener = self._opener_of(last)
-        if opener and (opener in inside or (last, opener) in _REASONING_CLOSERS):
+        if opener and (
+            opener in inside or opener in after[begin : match.start()] or (last, opener) in _REASONING_CLOSERS
+        ):
             raise RowError(UNPROVEN, f"no token ends message {turn}: {last!r} only closes {opener!r}")
         if closer := self._closer_of(last):
             raise RowError(UNPROVEN, f"no token ends message {turn}: {last!r} opens what {closer!r} closes")
@@ -169,11 +175,13 @@ class Borders:
         return found
 
     def _asks_for_more(self, conversation: MarkedConversation, turn: int, go_on: str, cut: str) -> bool:
-        """Whether a conversation that is cut behind the turn ends with a header: with what the prompt for the turn holds too."""
+        """Whether a conversation that is cut behind the turn ends with a header: with a control string of the prompt's that
+        what goes on lacks."""
         prompt, _ = self.render(conversation, turn, prompt=True).tail
         shared = len(_common_prefix(go_on, cut))
         beyond = {control.group() for control in self._controls.finditer(cut) if control.end() > shared}
-        return not beyond.isdisjoint(self._controls.findall(prompt))
+        header = set(self._controls.findall(prompt)) - set(self._controls.findall(go_on))
+        return not beyond.isdisjoint(header)
 
     def _ends_as_others(self, conversation: MarkedConversation, turn: int, go_on: str) -> bool:
         """Whether the turn, followed by more, ends with the very token that ends the message before the turn: a last turn may

@@ -105,7 +105,7 @@ def _empty(
     if opened:
         raise RowError(UNPROVEN, f"message {turn} is empty, and the template leaves out {opened!r} of its beginning")
     notes = _check_complete(conversation.plain[turn], turn, text, [])
-    start, end = gap_start + length, gap_start + borders.end(conversation, turn, gap, gap[length:], before)
+    start, end = gap_start + length, gap_start + borders.end(conversation, turn, gap, "", before, length)
     if end <= start:
         raise RowError(UNPROVEN, f"message {turn}: the template leaves the turn out")
     return Span(turn, start, end, end, start, tuple(notes))
