@@ -107,7 +107,7 @@ def _empty(
     notes = _check_complete(conversation.plain[turn], turn, text, [])
     start, end = gap_start + length, gap_start + borders.end(conversation, turn, gap, "", before, length)
     if end <= start:
-        raise RowError(UNPROVEN, f"message {turn}: the template leaves the turn out")
+        raise RowError(UNPROVEN, f"message {turn} is empty, and what ends it cannot be told from its header")
     return Span(turn, start, end, end, start, tuple(notes))
 
 
