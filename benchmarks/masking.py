@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,10 @@ def _options() -> Any:
 def _sets(options: Any) -> dict[str, list[list[dict[str, Any]]]]:
     rows = [json.loads(line) for line in options.gsm8k.read_text().splitlines()[:1536]]
     turns = [[{"role": "user", "content": r["question"]}, {"role": "assistant", "content": r["answer"]}] for r in rows]
-    sets = {"one turn": turns, "six turns": [sum(turns[i : i + 6], []) for i in range(0, len(turns), 6)]}
+    sets = {
+        "one turn": turns,
+        "six turns": [list(chain.from_iterable(turns[i : i + 6])) for i in range(0, len(turns), 6)],
+    }
     if options.tools:
         sets["with tools"] = [
             [_plainly(message) for message in json.loads(line)["messages"]]

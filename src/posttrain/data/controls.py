@@ -16,19 +16,30 @@ from posttrain.data.provenance.template import Rendered
 
 
 class ControlStrings:
-    """The control tokens of a tokenizer. `strings` are their texts."""
+    """The control tokens of a tokenizer: its special tokens, and other added ones that the template mentions (`<tool_call>`).
 
-    def __init__(self, backend: Any, added_tokens: dict[int, Any]):
+    Added tokens that are neither are text: some tokenizers have line breaks and HTML's tags among them. `strings` are the
+    control tokens' texts.
+    """
+
+    def __init__(self, backend: Any, added_tokens: dict[int, Any], template: str):
         self._backend = backend
-        self.strings = [str(token) for token in added_tokens.values()]
-        ids = np.fromiter(added_tokens, dtype=np.int64, count=len(added_tokens))
-        self._is_control = np.zeros(int(ids.max(initial=0)) + 1, dtype=bool)
-        self._is_control[ids] = True
+        controls = {
+            id_: str(token)
+            for id_, token in added_tokens.items()
+            if str(token).strip() and (token.special or str(token) in template)
+        }
+        self.strings = list(controls.values())
+        self._is_control = np.zeros(max(controls, default=0) + 1, dtype=bool)
+        self._is_control[list(controls)] = True
         self._without: Any = None
 
     def is_control(self, ids_T: np.ndarray) -> np.ndarray:
         """Which ids are control tokens, as bool of the same shape."""
         return (ids_T < len(self._is_control)) & self._is_control[np.minimum(ids_T, len(self._is_control) - 1)]
+
+    def _is_control_id(self, id_: int) -> bool:
+        return bool(self.is_control(np.array([id_]))[0])
 
     def as_text(
         self, rendered: Rendered, theirs: Sequence[bool], ids_T: np.ndarray, offsets_TC: np.ndarray
@@ -66,7 +77,7 @@ class ControlStrings:
         return ids_T, np.concatenate([*offsets, offsets_TC[done:]]).astype(np.int32), list(typed.values())
 
     def _is_typed(self, messages: np.ndarray, parts: np.ndarray, theirs: Sequence[bool], text: str) -> bool:
-        if (parts == Part.UNKNOWN).all():
+        if (parts == Part.UNKNOWN).any():
             raise RowError("control string of unknown origin", f"it cannot be told whether the template wrote {text!r}")
         return all(
             part == Part.TOOLS or (message >= 0 and theirs[message] and part != Part.TEMPLATE)
@@ -86,12 +97,13 @@ class ControlStrings:
         return np.asarray(tokens.ids, dtype=np.int32), np.asarray(tokens.offsets, dtype=np.int32).reshape(-1, 2)
 
     def _plain(self) -> Any:
-        """The tokenizer without any control token."""
+        """The tokenizer without its control tokens."""
         if self._without is None:
             from tokenizers import Tokenizer
 
             description = json.loads(self._backend.to_str())
-            description["added_tokens"], description["post_processor"] = [], None
+            description["added_tokens"] = [t for t in description["added_tokens"] if not self._is_control_id(t["id"])]
+            description["post_processor"] = None
             self._without = Tokenizer.from_str(json.dumps(description))
         return self._without
 
@@ -100,4 +112,4 @@ def _gaps(typed: list[int], kept: list[int], length: int) -> list[tuple[int, int
     """The stretches of tokens between control tokens that hold a typed one: [first, last)."""
     borders = [-1, *kept, length]
     stretches = [(a + 1, b) for a, b in itertools.pairwise(borders)]
-    return [(a, b) for a, b in stretches if any(a <= t < b for t in typed)]
+    return [stretches[i] for i in np.unique(np.searchsorted(kept, typed)).tolist()]

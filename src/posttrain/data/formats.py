@@ -37,7 +37,12 @@ RECOGNISED = (
     *(("question_answer", pair) for pair in QUESTION_PAIRS),
 )
 MEDIA_COLUMNS = {*MEDIA, *(f"{medium}s" for medium in MEDIA)}
-RESERVED_KWARGS = ("messages", "tools", "add_generation_prompt")  # what rendering itself gives a template
+# what rendering itself gives a template, and what apply_chat_template takes for itself
+RESERVED_KWARGS = (
+    "self", "conversation", "messages", "tools", "add_generation_prompt", "chat_template", "tokenize", "tokenizer_kwargs",
+    "continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict",
+    "return_assistant_tokens_mask", "sanitize_control_tokens",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -203,7 +203,7 @@ def _read_lines(source: Source) -> Iterator[dict[str, Any]]:
                 continue
             try:
                 yield json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise InputError(f"{source.name} line {number + 1} is not JSON: {error}.") from None
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from posttrain.data.chat import ChatTokenizer
 from posttrain.data.formats import Columns, RowError, conversation_of, prompt_of
+from posttrain.data.provenance.messages import texts_of
 from posttrain.data.sources import Row
 from posttrain.distributed.world import World
 from posttrain.records import Completion, Conversation
@@ -86,6 +87,6 @@ def judge_all(problems: Sequence[Problem], completions: Sequence[Completion], re
         conversation = problem.conversation
         truth = conversation.ground_truth
         if truth is None and conversation.messages[-1]["role"] == "assistant":
-            truth = final_answer(conversation.messages[-1].get("content") or "")
+            truth = final_answer("".join(texts_of(conversation.messages[-1].get("content"))))
         answers.append(Answer(conversation, completion, truth, judge(completion.text, truth)))
     return answers

@@ -21,6 +21,7 @@ from posttrain.records import MicroBatch
 from posttrain.run.progress import Display
 
 VALIDATION_ROWS_A_PASS = 512
+ROWS_LOOKED_AT_FOR_ENDS = 256
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,9 @@ class TrainingData:
 
     @property
     def end_ids(self) -> list[int]:
-        """The tokens that end trained turns."""
-        sample = self.train[0]
-        trained = np.flatnonzero(sample.weights_T)
-        return [int(sample.ids_T[trained[-1]])]
+        """The tokens that end trained turns, by the first rows."""
+        samples = (self.train[i] for i in range(min(len(self.train), ROWS_LOOKED_AT_FOR_ENDS)))
+        return sorted({end for sample in samples for end in self.chat.end_ids(sample.ids_T, sample.weights_T)})
 
     def micro_batches(self, step: int, world: World) -> list[MicroBatch]:
         """This process's part of a step."""

@@ -46,15 +46,18 @@ class Borders:
     def render(self, conversation: MarkedConversation, count: int | None = None, prompt: bool = False) -> Rendered:
         """The first `count` messages as text. Raises RowError where the template refuses them."""
         count = len(conversation.messages) if count is None else count
-        try:
-            if not count:
-                raise ValueError("there is no message")
-            rendered = self.template.render(**conversation.arguments(count, prompt))
-        except Exception as error:  # what a template raises is its own choice
-            raise RowError(REFUSED, f"the chat template says: {error}") from None
-        self.questions.learn(conversation)
-        self._followed &= conversation.trace.followed
-        return rendered
+        known = conversation.rendered.get((count, prompt))
+        if known is None:
+            try:
+                if not count:
+                    raise ValueError("there is no message")
+                rendered = self.template.render(**conversation.arguments(count, prompt))
+            except Exception as error:  # what a template raises is its own choice
+                raise RowError(REFUSED, f"the chat template says: {error}") from None
+            self.questions.learn(conversation)
+            known = conversation.rendered[count, prompt] = (rendered, conversation.trace.followed)
+        self._followed &= known[1]
+        return known[0]
 
     def begin(self, conversation: MarkedConversation, turn: int, gap: str, before: int) -> tuple[int, str]:
         """How much of `gap`, the text between the content before the turn and the turn's own, is the generation prompt.
@@ -134,9 +137,7 @@ class Borders:
 
     def _followed_by(self, conversation: MarkedConversation, count: int, message: dict[str, Any]) -> str | None:
         """What the template writes between the first `count` messages and one that follows; None where it refuses that."""
-        longer = MarkedConversation(
-            [*conversation.plain[:count], message], conversation.tools(), conversation.variables
-        )
+        longer = conversation.with_messages([*conversation.plain[:count], message])
         try:
             return _gap_before(self.render(longer), count)
         except RowError:
@@ -146,7 +147,7 @@ class Borders:
         """What add_generation_prompt adds behind the messages before the turn, or behind a user's where there are none."""
         earlier = conversation
         if not turn:
-            earlier = MarkedConversation([_USER], conversation.tools(), conversation.variables)
+            earlier = conversation.with_messages([_USER])
         without, asked = (self.render(earlier, turn or 1, prompt=prompt).tail[0] for prompt in (False, True))
         same = len(_common_prefix(without, asked))
         cut = [control.start() for control in self._controls.finditer(asked) if control.start() < same < control.end()]
@@ -213,7 +214,7 @@ class Borders:
             {"role": "tool", "content": _PROBE, **_answering(call)} for call in calls or [] if isinstance(call, dict)
         ]
         for messages in [answers, [_USER]] if answers else [[_USER]]:
-            longer = conversation.extended(messages)
+            longer = conversation.with_messages([*conversation.plain, *messages])
             try:
                 rendered = self.render(longer)
             except RowError:
@@ -249,9 +250,9 @@ class Borders:
         return found
 
     def _situation(self, conversation: MarkedConversation, count: int) -> Any:
-        """The kinds of the first `count` messages, the latest first, each once; tools and variables."""
+        """How many messages, their kinds, the latest first, each once; tools and variables."""
         kinds = dict.fromkeys(self.questions.kind(conversation, number) for number in reversed(range(count)))
-        return (tuple(kinds), conversation.tools_key, conversation.variables_key)
+        return (count, tuple(kinds), conversation.surroundings)
 
 
 def _headers(prompt: str) -> list[tuple[str, str]]:

@@ -71,6 +71,10 @@ Step = tuple[str, tuple[Any, ...], int | None]  # method, arguments, index into 
 Question = tuple[tuple[Any, ...], tuple[Step, ...], str, tuple[Any, ...]]
 
 
+_TRIMS = ("strip", "lstrip", "rstrip")
+_MOST_SOURCES = 16
+
+
 class Source:
     """A field of a message and the steps by which a text was made from it."""
 
@@ -98,15 +102,17 @@ class Source:
 
 
 class Mixed(Source):
-    """The source of a text from several places. It may be written; once it is `changed`, its emptiness is unknown."""
+    """The source of a text from several places, which are `sources`. Once it is `changed`, its emptiness is unknown."""
 
-    __slots__ = ("changed",)
+    __slots__ = ("changed", "sources")
 
-    def __init__(self, trace: Trace, changed: bool = False):
+    def __init__(self, trace: Trace, sources: tuple[Source, ...] = (), changed: bool = False):
         super().__init__(trace, -1, ())
-        self.changed = changed
+        self.sources, self.changed = sources, changed or len(sources) > _MOST_SOURCES
 
     def then(self, method: str, args: tuple[Any, ...], index: int | None = None) -> Source:
+        if method in _TRIMS and not self.changed:  # what is left of the whole is empty if what is left of each part is
+            return Mixed(self.trace, tuple(source.then(method, args) for source in self.sources))
         return Mixed(self.trace, changed=True)
 
     def ask(self, what: str, args: tuple[Any, ...] = ()) -> None:
@@ -115,6 +121,8 @@ class Mixed(Source):
     def joined(self) -> None:
         if self.changed:
             self.trace.followed = False
+        for source in self.sources:
+            source.joined()
 
 
 def answer(value: Any, question: Question) -> Any:
@@ -132,10 +140,12 @@ def answer(value: Any, question: Question) -> Any:
 
 
 def _shape(value: Any) -> Any:
-    """Keys, types and truth of what an object holds, not its texts."""
+    """What an object or list holds, but for its texts: keys, types, numbers."""
     if isinstance(value, dict):
-        return tuple((key, type(item).__name__, bool(item)) for key, item in value.items())
-    return type(value).__name__
+        return tuple((key, _shape(item)) for key, item in value.items())
+    if isinstance(value, list):
+        return tuple(_shape(item) for item in value)
+    return (type(value).__name__, value) if isinstance(value, int | float) else type(value).__name__
 
 
 def _as_json(value: Any, ensure_ascii: bool, indent: int | None, separators: Any, sort_keys: bool) -> str:
@@ -237,19 +247,19 @@ class Marked(str):
         return marked(text, codes_of(new).join(codes), source)
 
     def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
-        return self._parts("split", (sep, maxsplit), str.split(self, sep, maxsplit), from_end=False)
+        return self._parts("split", (sep, maxsplit), str.split(self, sep, maxsplit))
 
     def rsplit(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
-        return self._parts("rsplit", (sep, maxsplit), str.rsplit(self, sep, maxsplit), from_end=True)
+        return self._parts("rsplit", (sep, maxsplit), str.rsplit(self, sep, maxsplit))
 
     def splitlines(self, keepends: bool = False) -> list[str]:
-        return self._parts("splitlines", (keepends,), str.splitlines(self, keepends), from_end=False)
+        return self._parts("splitlines", (keepends,), str.splitlines(self, keepends))
 
     def partition(self, sep: str) -> tuple[str, str, str]:
-        return tuple(self._parts("partition", (sep,), list(str.partition(self, sep)), from_end=False))  # type: ignore[return-value]
+        return tuple(self._parts("partition", (sep,), list(str.partition(self, sep))))  # type: ignore[return-value]
 
     def rpartition(self, sep: str) -> tuple[str, str, str]:
-        return tuple(self._parts("rpartition", (sep,), list(str.rpartition(self, sep)), from_end=True))  # type: ignore[return-value]
+        return tuple(self._parts("rpartition", (sep,), list(str.rpartition(self, sep))))  # type: ignore[return-value]
 
     def join(self, items: Iterable[str]) -> str:
         return join(self, items)
@@ -261,20 +271,16 @@ class Marked(str):
     def _cut(self, begin: int, end: int | None, method: str, args: tuple[Any, ...]) -> str:
         return marked(str.__getitem__(self, slice(begin, end)), self._codes[begin:end], self._then(method, args))
 
-    def _parts(self, method: str, args: tuple[Any, ...], parts: list[str], from_end: bool) -> list[str]:
-        """Parts in their order, each found at its place: nothing but separators lies between them."""
+    def _parts(self, method: str, args: tuple[Any, ...], parts: list[str]) -> list[str]:
+        """Parts in their order, each at its place: the separator, or white space, lies between them."""
         self._ask("parts", (method, args))
-        spots, position = [], str.__len__(self) if from_end else 0
-        for part in reversed(parts) if from_end else parts:
-            if from_end:
-                begin = str.rfind(self, part, 0, position)
-                position = begin
-            else:
-                begin = str.find(self, part, position)
-                position = begin + len(part)
+        separator = str.__len__(args[0]) if method in ("split", "rsplit") and args[0] is not None else 0
+        exact = bool(separator) or method in ("partition", "rpartition")
+        spots, position = [], 0
+        for part in parts:
+            begin = position if exact else str.find(self, part, position)  # else white space lies between them
             spots.append(begin)
-        if from_end:
-            spots.reverse()
+            position = begin + len(part) + separator
         return [
             marked(part, self._codes[begin : begin + len(part)], self._then(method, args, index))
             for index, (part, begin) in enumerate(zip(parts, spots, strict=True))
@@ -296,7 +302,14 @@ class Marked(str):
                     arg._source.trace.followed = False
 
     def __hash__(self) -> int:
+        if self._source is not None:  # it is looked up in something, and what it equals there is not seen
+            self._source.trace.followed = False
         return str.__hash__(self)
+
+    def encode(self, *args: Any, **kwargs: Any) -> bytes:
+        if self._source is not None:
+            self._source.trace.followed = False
+        return str.encode(self, *args, **kwargs)
 
     def __bool__(self) -> bool:
         if self._source is not None and not (
@@ -476,12 +489,15 @@ def _joined(left: str, right: str) -> Marked:
 
 
 def _joint_source(texts: Iterable[str]) -> Source | None:
-    found = None
-    for text in texts:
-        if type(text) is Marked and text._source is not None:
-            text._source.joined()
-            found = text._source
-    return None if found is None else found if isinstance(found, Mixed) and not found.changed else Mixed(found.trace)
+    """The source of texts in a row: the only one's that is not empty by itself, or several."""
+    texts = [text for text in texts if str.__len__(text) or getattr(text, "_source", None) is not None]
+    sources = [text._source for text in texts if type(text) is Marked and text._source is not None]
+    for source in sources:
+        source.joined()
+    if len(texts) == 1 or not sources:
+        return sources[0] if sources else None
+    flat = tuple(part for s in sources for part in (s.sources if isinstance(s, Mixed) and not s.changed else (s,)))
+    return Mixed(sources[0].trace, flat, any(isinstance(s, Mixed) and s.changed for s in sources))
 
 
 def _mixed(*values: Any) -> Source | None:

@@ -55,33 +55,43 @@ class Questions:
 class MarkedConversation:
     """Messages for a template, marked; `plain` are the same without marks, as transformers hands them to templates."""
 
-    def __init__(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, variables: dict[str, Any]):
+    def __init__(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None,
+        variables: dict[str, Any],
+        row_variables: dict[str, Any] | None = None,
+    ):
         self.trace = Trace()
+        self.rendered: dict[
+            tuple[int, bool], Any
+        ] = {}  # what was rendered of it: by the number of messages, and the prompt
         self.plain = [_with_reasoning_names(message) for message in messages]
         self.kinds: dict[int, Kind] = {}
         self.shapes = [_shape(message) for message in self.plain]
         self.messages = [_mark_message(self.trace, number, message) for number, message in enumerate(self.plain)]
-        self.tools_key = None if tools is None else json.dumps(tools, ensure_ascii=False)
-        self._tools = None if self.tools_key is None else _marked_tools(self.tools_key)
-        self.variables = variables
-        self.variables_key = json.dumps(variables, ensure_ascii=False, sort_keys=True, default=str)
+        self.tools, self.row_variables = tools, row_variables or {}
+        text = None if tools is None else json.dumps(tools, ensure_ascii=False)
+        self._tools = None if text is None else _marked_tools(text)
+        self.variables = {**variables, **self.row_variables}
+        self.surroundings = (hash(text), json.dumps(list(self.variables.items()), ensure_ascii=False, default=str))
 
-    def extended(self, messages: list[dict[str, Any]]) -> MarkedConversation:
-        """The same with more messages at its end."""
-        return MarkedConversation([*self.plain, *messages], self.tools(), self.variables)
-
-    def tools(self) -> list[dict[str, Any]] | None:
-        return None if self.tools_key is None else json.loads(self.tools_key)
+    def with_messages(self, messages: list[dict[str, Any]]) -> MarkedConversation:
+        """Other messages in the same surroundings."""
+        return MarkedConversation(messages, self.tools, self.variables, self.row_variables)
 
     def arguments(self, count: int, generation_prompt: bool) -> dict[str, Any]:
         """What the template is called with, for the first `count` messages."""
         self.trace.begin()
-        marks = {key: _mark(value, TEMPLATE, None) for key, value in self.variables.items()}
+        marks = {
+            key: _mark(value, TOOLS if key in self.row_variables else TEMPLATE, None)
+            for key, value in self.variables.items()
+        }
         return {
+            "documents": None,
             **marks,
             "messages": self.messages[:count],
             "tools": self._tools,
-            "documents": None,
             "add_generation_prompt": generation_prompt,
         }
 
@@ -180,23 +190,13 @@ def _marked_tools(key: str) -> list[Any]:
 
 
 def _shape(message: dict[str, Any]) -> tuple[Any, ...]:
-    """The role and what fields there are; of tool calls how many. Everything else is asked for where a template looks."""
+    """The role and what fields there are, with their types; of lists the length, of what is in them the keys."""
     return tuple((key, value if key == "role" else _outline(value)) for key, value in message.items())
 
 
-def _outline(value: Any) -> Any:
-    if isinstance(value, list):
-        return tuple(_part_outline(item) for item in value)
-    return type(value).__name__ if isinstance(value, str | dict) else value
-
-
-def _part_outline(item: Any) -> Any:
-    if isinstance(item, dict):
-        return tuple((key, value if key == "type" else _outline_of_call(value)) for key, value in item.items())
-    return type(item).__name__ if isinstance(item, str | list) else item
-
-
-def _outline_of_call(value: Any) -> Any:
-    if isinstance(value, dict):
-        return tuple((key, type(item).__name__) for key, item in value.items())
-    return type(value).__name__ if isinstance(value, str | list) else value
+def _outline(value: Any, depth: int = 3) -> Any:
+    if isinstance(value, list) and depth:
+        return tuple(_outline(item, depth - 1) for item in value)
+    if isinstance(value, dict) and depth < 3:
+        return tuple((key, item if key == "type" else type(item).__name__) for key, item in value.items())
+    return value if isinstance(value, bool) else type(value).__name__

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import date
-from functools import cached_property
+from functools import cached_property, wraps
 from typing import Any
 
 import jinja2
@@ -18,6 +18,7 @@ import numpy as np
 from jinja2 import nodes
 from jinja2.compiler import CodeGenerator
 from jinja2.ext import Extension
+from jinja2.filters import make_attrgetter
 
 from posttrain.data.encoded import Part
 from posttrain.data.provenance.marked import (
@@ -80,8 +81,10 @@ class MarkedTemplate:
     def __init__(self, source: str, today: date):
         from transformers.utils.chat_template_utils import _compile_jinja_template
 
-        self._theirs = _compile_jinja_template(source)
-        theirs = self._theirs.environment
+        theirs = _compile_jinja_template(source).environment
+        plain = theirs.overlay()
+        plain.globals = {**theirs.globals, "strftime_now": today.strftime}
+        self._plain = plain.from_string(source)
         environment = theirs.overlay()
         environment.extensions = dict(theirs.extensions)
         environment.filters = {**theirs.filters, **_FILTERS}
@@ -110,21 +113,21 @@ class MarkedTemplate:
         return Rendered(str.__str__(output), codes_of(output))
 
     def render_plain(self, **variables: Any) -> str:
-        """The rendering of unmarked messages by transformers' own template."""
-        return self._theirs.render(**variables)
+        """The rendering of unmarked messages by transformers' own environment, on the same day."""
+        return self._plain.render(**variables)
 
 
 def written(value: Any) -> str:
     """What the template writes for a value: texts as they are, numbers as the template's own text."""
     if type(value) is Marked:
         return value
-    text = str(value)
+    text = str(getattr(value, "_raw", value))
     if type(text) is Marked:
         return text
     if value is None or isinstance(value, int | float | jinja2.Undefined):
         return literal(text)
-    code = uniform(value)
-    return marked(str(getattr(value, "_raw", value)), code and code * len(text), None)
+    code, source = uniform(value), _any_source(value)
+    return marked(text, code and code * len(text), None if source is None else Mixed(source.trace, changed=True))
 
 
 class _KeepingConstants(CodeGenerator):
@@ -191,9 +194,10 @@ def _str_join(items: Iterable[Any]) -> Marked:
     return join("", [written(item) for item in items])
 
 
-def _filter_join(value: Iterable[Any], d: str = "", attribute: Any = None) -> str:
+@jinja2.pass_environment
+def _filter_join(environment: Any, value: Iterable[Any], d: str = "", attribute: Any = None) -> str:
     if attribute is not None:
-        value = [item[attribute] if isinstance(item, dict) else getattr(item, attribute) for item in value]
+        value = map(make_attrgetter(environment, attribute), value)
     return join(d if type(d) is Marked else literal(d), [written(item) for item in value])
 
 
@@ -319,6 +323,30 @@ def _any_source(value: Any) -> Source | None:
     return next((source for source in map(_any_source, items) if source is not None), None)
 
 
+def _noticing(function: Any) -> Any:
+    """A filter or test that reads a text unseen: what a template does from then on cannot be asked again."""
+
+    @wraps(function)
+    def noticed(*args: Any, **kwargs: Any) -> Any:
+        for value in (*args, *kwargs.values()):
+            source = _any_source(value)
+            if source is not None:
+                source.trace.followed = False
+        return function(*args, **kwargs)
+
+    return noticed
+
+
+# These use a text's own methods, which ask, or only look at what kind of value it is.
+_ASKING_FILTERS = (
+    "capitalize", "count", "d", "default", "dictsort", "first", "items", "last", "length", "list", "lower", "map", "max",
+    "min", "reject", "rejectattr", "replace", "reverse", "select", "selectattr", "sort", "trim", "upper",
+)  # fmt: skip
+_ASKING_TESTS = (
+    "!=", "<", "<=", "==", ">", ">=", "boolean", "callable", "defined", "eq", "equalto", "false", "filter", "float", "ge",
+    "greaterthan", "gt", "integer", "iterable", "le", "lessthan", "lt", "mapping", "ne", "none", "number", "sameas",
+    "sequence", "string", "test", "true", "undefined", "in",
+)  # fmt: skip
 _FILTERS = {
     "join": _filter_join,
     "escape": _filter_escape,

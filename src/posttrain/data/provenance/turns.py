@@ -23,14 +23,14 @@ class Span:
     """Characters [start, end) of a turn, the token that ends it included.
 
     Its own text begins at `own_start`: before that stands what the template writes for it. Its reasoning ends before
-    `reasoning_end`.
+    `reasoning_end`; None where it stands behind text.
     """
 
     message: int
     start: int
     own_start: int
     end: int
-    reasoning_end: int
+    reasoning_end: int | None
     notes: tuple[str, ...] = ()
 
 
@@ -200,12 +200,14 @@ def _leaves(value: Any) -> list[str]:
     return [leaf for item in value for leaf in _leaves(item)] if isinstance(value, list) else []
 
 
-def _reasoning_end(runs: list[Run], start: int) -> int:
-    """Where the first text or call behind the reasoning begins; `start` without reasoning."""
-    if not any(run[3] == Part.REASONING for run in runs):
+def _reasoning_end(runs: list[Run], start: int) -> int | None:
+    """Where the first text or call behind the reasoning begins; `start` without reasoning, None where text stands before it."""
+    reasoning = [number for number, run in enumerate(runs) if run[3] == Part.REASONING]
+    if not reasoning:
         return start
-    last = max(run[1] for run in runs if run[3] == Part.REASONING)
-    return next((run[0] for run in runs if run[0] >= last), last)
+    if reasoning != list(range(len(reasoning))):
+        return None
+    return runs[reasoning[-1] + 1][0] if len(runs) > len(reasoning) else runs[reasoning[-1]][1]
 
 
 def _outside_generation(rendered: Rendered, turn: int, start: int, own_end: int) -> int:
