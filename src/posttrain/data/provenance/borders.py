@@ -30,6 +30,7 @@ _OPENED_REASONING = re.compile(
 _REASONING_CLOSERS = {(end, begin) for begin, end in REASONING_TAGS}
 _PROBE = "posttrain"
 _USER = {"role": "user", "content": _PROBE}
+_COUNTED = 16  # a template that counts messages is taken to count no further, but for even and odd
 _KEPT = 50_000  # answers; a set of rows needs a few dozen
 
 
@@ -252,7 +253,7 @@ class Borders:
     def _situation(self, conversation: MarkedConversation, count: int) -> Any:
         """How many messages, their kinds, the latest first, each once; tools and variables."""
         kinds = dict.fromkeys(self.questions.kind(conversation, number) for number in reversed(range(count)))
-        return (count, tuple(kinds), conversation.surroundings)
+        return (count if count <= _COUNTED else -(count % 2), tuple(kinds), conversation.surroundings)
 
 
 def _headers(prompt: str) -> list[tuple[str, str]]:
