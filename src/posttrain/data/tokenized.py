@@ -65,7 +65,7 @@ class Outcome:
 class Report:
     """What became of the rows: every one is used or counted under a reason.
 
-    `notes` count, by kind, what a person should know of rows that are used. `places` are the first few of each reason and of
+    `notes` count, by kind, what a person should know of rows, also of those that truncation leaves out. `places` are the first few of each reason and of
     each kind. `files` are the names of the sources, each with the number of its first row among all rows read.
     """
 
