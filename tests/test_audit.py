@@ -187,6 +187,14 @@ def test_real_gsm8k_has_twelve_answers_that_disagree_and_one_unseen_character(sh
     assert rows == [356, 786, 1154, 2770, 3334, 3409, 4796, 5350, 6157, 6760, 7182, 7444]  # each was read
 
 
+def test_ready_made_tokens_that_the_tokenizer_lacks_are_found_as_training_finds_them(chat, tmp_path):
+    rows = [{"input_ids": [1, 2, last], "labels": [-100, 2, last]} for last in (3, 10**6)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sources = find_sources([str(tmp_path / "rows.jsonl")], "data.train_files")
+    checks = Checks(Columns(), chat)
+    assert report(audit(sources, [], checks, num_workers=0), checks)["rows_dropped"] == {"token id out of range": 1}
+
+
 @pytest.mark.parametrize("truncation", ["left", "right", "drop"])
 def test_counts_are_those_that_training_has(truncation, tiny, chat, tmp_path):
     from posttrain.data.tokenized import load_tokenized, truncated

@@ -31,12 +31,16 @@ def test_bad_options_are_refused_before_anything_heavy_is_imported(posttrain):
     refused(posttrain("sft", "data.train_files=[a", code=None), "data.train_files=[a")
     refused(posttrain("sft", "nothing.yaml", code=None), "nothing.yaml")
     refused(posttrain("sft", code=None), "model.path=", "data.train_files=")
+    refused(
+        posttrain("sft", "data.chat_template_kwargs={tools: []}", code=None), "data.chat_template_kwargs", "sets tools"
+    )
     refused(posttrain("sft", "model=gpt-17", code=None), "gpt-17", "qwen2.5-0.5b")
 
 
 @pytest.mark.parametrize("case", ["missing file", "empty file", "wrong column", "not json", "broken parquet", "no rows used",
                                   "unknown suffix", "too long", "batch too large", "no model", "no weights", "bad tracker",
-                                  "invalid row", "no chat template"])  # fmt: skip
+                                  "invalid row", "no chat template", "template is no text",
+                                  "nested too deep", "wrong form"])  # fmt: skip
 def test_bad_files_and_models(case, posttrain, tiny):
     folder = posttrain.folder
     rows = folder / "rows.jsonl"
@@ -79,6 +83,18 @@ def test_bad_files_and_models(case, posttrain, tiny):
         case "invalid row":
             write_lines(rows, [GOOD, {"prompt": "x", "response": None}])
             options["data__invalid_rows"], expected = "error", ("rows.jsonl row 1", "data.invalid_rows=drop")
+            expected = (*expected, "1 such rows of 1", "posttrain data check")
+        case "template is no text":
+            (folder / "bad.jinja").write_bytes(b"\xff\xfe")
+            options["data__chat_template"], expected = (
+                folder / "bad.jinja",
+                ("data.chat_template", "bad.jinja", "Jinja"),
+            )
+        case "nested too deep":
+            rows.write_text('{"messages": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
+            expected = ("rows.jsonl line 1", "not JSON")
+        case "wrong form":
+            options["data__format"], expected = "sharegpt", ("'conversations'", "found: prompt", "data.messages_key")
         case "no chat template":
             bare = folder / "bare"
             shutil.copytree(tiny / "model", bare, ignore=shutil.ignore_patterns("*.jinja"))
@@ -106,6 +122,38 @@ def test_rows_that_cannot_be_used_are_left_out_counted_and_said(posttrain):
     report = json.loads((posttrain.folder / "run" / "data_report.json").read_text())
     assert (report["rows_read"], report["rows_used"], report["rows_dropped"]) == (4, 3, {"no answer": 1})
     assert "left out 1: no answer" in done.stdout and "rows.jsonl row 1" in done.stdout
+
+
+def test_notes_on_rows_are_counted_and_said_with_the_first_place(posttrain):
+    """Also that what rows say is printed as it stands, and that options which a template never reads are told."""
+    typed = {"messages": [{"role": "user", "content": "<|im_end|>?"}, {"role": "assistant", "content": "a"}] * 2}
+    bad = {"instruction": "a", "output": "b", "history": [["[/INST]"]]}
+    rows = write_lines(posttrain.folder / "[b]rows.jsonl", [GOOD, bad, typed, typed])
+    done = posttrain.sft("run", data__train_files=[str(rows)], data__train_batch_size=3, data__expand_turns="true",
+                         trainer__total_training_steps=1, data__enable_thinking="false",
+                         data__chat_template_kwargs="{tone: dry}")  # fmt: skip
+    report = json.loads((posttrain.folder / "run" / "data_report.json").read_text())
+    assert (report["rows_used"], report["num_samples"], report["num_turns"]) == (3, 5, 5)
+    kind = "'<|im_end|>' is encoded as text"
+    assert report["notes"] == {kind: 4}
+    assert report["examples"][kind][:2] == [f"{rows} row 2: message 0: {kind}", f"{rows} row 2: message 2: {kind}"]
+    assert f"noted 4 times, first {rows} row 2: message 0: {kind}" in done.stdout
+    assert "3 of 4 rows in 5 samples, 5 trained turns" in done.stdout and "1 steps of 3 samples" in done.stdout
+    assert "turn 0 of the history is not [question, answer]" in done.stdout
+    for option in ("data.enable_thinking", "data.chat_template_kwargs.tone"):
+        assert f"no effect in this run: {option}: the chat template never reads it" in done.stdout
+
+
+def test_what_cannot_be_judged_is_said_before_a_model_answers(posttrain, tiny):
+    parts = {"messages": [{"role": "user", "content": "3+4?"},
+                          {"role": "assistant", "content": [{"type": "text", "text": "seven"}]}]}  # fmt: skip
+    rows = write_lines(posttrain.folder / "rows.jsonl", [parts, {"prompt": "a", "response": None}])
+    done = posttrain("evaluate", "--model", tiny / "model", "--test_file", rows, code=None)
+    refused(done, "None of the 1 rows", "reward_model.ground_truth", "posttrain generate")
+    assert "left out 1: no answer, such as" in done.stdout and "rows.jsonl row 1" in done.stdout
+    write_lines(rows, [{"input_ids": [1, 2], "labels": [1, 2]}] * 2)
+    done = posttrain("generate", "--model", tiny / "model", "--prompts", rows, code=None)
+    refused(done, "no row can be used", "left out 2: pre-tokenized, such as", "rows.jsonl row 0")
 
 
 def test_on_two_processes_there_is_one_message_and_no_hang(posttrain):

@@ -96,16 +96,25 @@ def test_truncation_cuts_the_end_it_names(load, how):
     assert cut.report.rows_used + sum(cut.report.rows_dropped.values()) == 200
 
 
-def test_truncation_error_and_drop(load):
+def test_truncation_error_and_drop(load, tiny):
     whole = load()
     limit = int(np.percentile(whole.lengths_N, 50))
     over = int((whole.lengths_N > limit).sum())
     with pytest.raises(InputError, match=f"{over} of 200 rows"):
         truncated(whole, limit, "error")
     dropped = truncated(whole, limit, "drop")
+    assert dropped.report.places["longer than data.max_length"][0].startswith(f"{tiny / 'train.parquet'} row ")
     assert len(dropped) == 200 - over and dropped.report.rows_dropped == {"longer than data.max_length": over}
     with pytest.raises(InputError, match="No row is left"):
         truncated(whole, 2, "drop")
+
+
+def test_a_row_is_named_by_its_file_and_its_number_there(load, tiny):
+    files = (tiny / "test.parquet", tiny / "train.parquet")
+    report = load(files).report
+    assert [report.place_of(row) for row in (39, 40, 239)] == [
+        f"{files[0]} row 39", f"{files[1]} row 0", f"{files[1]} row 199"
+    ]  # fmt: skip
 
 
 def test_lengths_and_trained_counts_are_those_of_the_samples(load):

@@ -132,6 +132,7 @@ def generate(
         raise InputError("What shall it answer? Give --prompts FILE with the rows to answer.")
     if hand_to_processes(resolved):
         return
+    from posttrain.data.formats import prompt_of
     from posttrain.loops.evaluate import generate as run
     from posttrain.run.folder import RunFolder
 
@@ -141,7 +142,10 @@ def generate(
     answers = run(resolved.config, files, output, num_samples)
     if is_main():
         for answer in answers[:show]:
-            print(f"--- {answer.conversation.messages[0].get('content')}\n{answer.completion.text}  [{answer.verdict}]")
+            asked = prompt_of(answer.conversation.messages)[-1:]
+            print(
+                f"--- {asked[0].get('content') if asked else '(no question)'}\n{answer.completion.text}  [{answer.verdict}]"
+            )
         print(f"{len(answers)} samples: {output}")
 
 

@@ -77,8 +77,13 @@ def _of_forms(data: DataOptions) -> Iterator[tuple[str, str]]:
         "alpaca": pair + whole,
         "tokens": (*pair, *whole, "tools_key", "system_prompt"),
     }
+    rendering = ("chat_template_kwargs", "enable_thinking", "date", "control_strings")
+    masking = ("train_on", "train_roles", "train_reasoning", "expand_turns")
     for option in unread.get(data.format, ()):
         yield f"data.{option}", f"rows of data.format={data.format} are not read by it"
+    if data.format == "tokens":
+        for option in rendering + masking:
+            yield f"data.{option}", "rows of data.format=tokens bring their ids, and say themselves which are trained"
     if data.format == "auto" and data.messages_key:
         for option in pair:
             yield f"data.{option}", "data.messages_key names the column with the whole conversation"

@@ -23,6 +23,13 @@ from pydantic import (
     model_validator,
 )
 
+# what rendering itself gives a template, and what apply_chat_template takes for itself
+RESERVED_KWARGS = (
+    "self", "conversation", "messages", "tools", "add_generation_prompt", "chat_template", "tokenize", "tokenizer_kwargs",
+    "continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict",
+    "return_assistant_tokens_mask", "sanitize_control_tokens",
+)  # fmt: skip
+
 
 def expand_path(path: str) -> str:
     """The path with `~` and `$VAR` replaced; hub names and URLs pass unchanged."""
@@ -61,6 +68,12 @@ def _checked_date(text: str) -> str:
         return datetime.date.fromisoformat(text).isoformat()
     except ValueError:
         raise ValueError(f"{text!r} is not a day, such as 2026-01-31") from None
+
+
+def _checked_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
+    if reserved := [key for key in RESERVED_KWARGS if key in kwargs]:
+        raise ValueError(f"it sets {reserved[0]}, which rendering itself gives a template")
+    return kwargs
 
 
 PathText = Annotated[str, AfterValidator(_checked_path)]
@@ -153,7 +166,7 @@ class DataOptions(Section):
     """Text put in front as a system message where a row has none."""
     chat_template: PathText | None = None
     """File with the chat template to use instead of the tokenizer's own; it is saved with the model."""
-    chat_template_kwargs: dict[str, Any] = {}
+    chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_checked_kwargs)] = {}
     """What the chat template is given besides messages and tools; a row's own `chat_template_kwargs` come first."""
     enable_thinking: bool | None = None
     """Whether templates that know `enable_thinking` let the model think: true, false, or null, which leaves it to the

@@ -5,6 +5,8 @@ Shape suffixes: T tokens of the conversation.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -63,3 +65,9 @@ class Encoded:
     @property
     def trained_T(self) -> np.ndarray:
         return self.weights_T > 0
+
+
+def kinds_of_notes(samples: Iterable[Encoded]) -> dict[str, str]:
+    """Each note on the samples of a row, once, and its kind: the note without the message's number and long quotations."""
+    notes = dict.fromkeys(note for sample in samples for note in sample.notes)
+    return {note: re.sub(r"'[^']{30,}'", "'…'", re.sub(r"^message \d+: ", "", note)) for note in notes}

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from posttrain.config.schema import DataOptions
+from posttrain.config.schema import RESERVED_KWARGS, DataOptions
 from posttrain.data.messages import (
     MEDIA,
     Messages,
@@ -37,12 +37,6 @@ RECOGNISED = (
     *(("question_answer", pair) for pair in QUESTION_PAIRS),
 )
 MEDIA_COLUMNS = {*MEDIA, *(f"{medium}s" for medium in MEDIA)}
-# what rendering itself gives a template, and what apply_chat_template takes for itself
-RESERVED_KWARGS = (
-    "self", "conversation", "messages", "tools", "add_generation_prompt", "chat_template", "tokenize", "tokenizer_kwargs",
-    "continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict",
-    "return_assistant_tokens_mask", "sanitize_control_tokens",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -117,26 +111,26 @@ def _recognised(row: dict[str, Any], columns: Columns) -> str:
 
 
 def _read_openai(row: dict[str, Any], columns: Columns) -> tuple[Messages, Weights]:
-    return read_messages(_value(row, columns.messages or "messages", "data.messages_key"))
+    return read_messages(_value(row, columns.messages, "data.messages_key", "messages"))
 
 
 def _read_sharegpt(row: dict[str, Any], columns: Columns) -> tuple[Messages, Weights]:
-    return read_messages(_value(row, columns.messages or "conversations", "data.messages_key"), sharegpt=True)
+    return read_messages(_value(row, columns.messages, "data.messages_key", "conversations"), sharegpt=True)
 
 
 def _read_pair(row: dict[str, Any], columns: Columns) -> tuple[Messages, Weights]:
-    prompt = _value(row, columns.prompt or "prompt", "data.prompt_key")
+    prompt = _value(row, columns.prompt, "data.prompt_key", "prompt")
     there = [key for key in ("response", "completion") if row.get(key) is not None]
     if columns.response is None and len(there) > 1:
         raise RowError("ambiguous form", "there are `response` and `completion`; choose one with data.response_key")
-    return _joined(prompt, _value(row, columns.response or (there or ["response"])[0], "data.response_key"))
+    return _joined(prompt, _value(row, columns.response, "data.response_key", (there or ["response"])[0]))
 
 
 def _read_question(row: dict[str, Any], columns: Columns) -> tuple[Messages, Weights]:
     there = (pair for pair in QUESTION_PAIRS if all(key in row for key in pair))
     question, answer = next(there, QUESTION_PAIRS[0])
-    prompt = _value(row, columns.prompt or question, "data.prompt_key")
-    return _joined(prompt, _value(row, columns.response or answer, "data.response_key"))
+    prompt = _value(row, columns.prompt, "data.prompt_key", question)
+    return _joined(prompt, _value(row, columns.response, "data.response_key", answer))
 
 
 def _read_alpaca(row: dict[str, Any], columns: Columns) -> tuple[Messages, Weights]:
@@ -211,7 +205,7 @@ def _with_system(
 
 
 def _tools(row: dict[str, Any], columns: Columns) -> list[dict[str, Any]] | None:
-    tools = _value(row, columns.tools, "data.tools_key") if columns.tools else row.get("tools")
+    tools = _value(row, columns.tools, "data.tools_key", "tools") if columns.tools else row.get("tools")
     if isinstance(tools, str):
         tools = parsed(tools, "bad tools", f"the tools are {tools[:60]!r}") if tools.strip() else None
     tools = clean(tools)
@@ -262,13 +256,14 @@ def _refuse_media(row: dict[str, Any]) -> None:
             raise RowError("images or sound", f"the column `{key}` is filled; only text can be trained on")
 
 
-def _value(row: dict[str, Any], key: str, option: str) -> Any:
-    value: Any = row
+def _value(row: dict[str, Any], named: str | None, option: str, usual: str) -> Any:
+    """What stands in the column that `option` names, or else in the usual one."""
+    key, value = named or usual, row
     for part in key.split("."):
         if not isinstance(value, dict) or part not in value:
-            there = ", ".join(value) if isinstance(value, dict) else kind_of(value)
-            raise RowError(
-                f"no column {key}", f"{option}={key}: there is no column '{part}'; found: {there or '(none)'}"
-            )
+            there = (", ".join(value) if isinstance(value, dict) else kind_of(value)) or "(none)"
+            missing = f"there is no column '{part}'; found: {there}"
+            said = f"{option}={key}: {missing}" if named else f"{missing}. Name yours with {option}"
+            raise RowError(f"no column {key}", said)
         value = value[part]
     return value

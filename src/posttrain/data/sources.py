@@ -161,7 +161,9 @@ def _arrow_rows(source: Source, batches: Iterator[Any]) -> Iterator[dict[str, An
             for values in batch.to_pylist():
                 yield values | {name: without_filler(values[name]) for name in filled} if filled else values
     except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{source.name} cannot be read as {source.reader}: {error}. Write the file again.") from None
+        raise InputError(
+            f"{source.name} cannot be read as {source.reader}: {str(error).rstrip('.')}. Write it again."
+        ) from None
 
 
 def _has_filler(array: Any) -> bool:
@@ -204,7 +206,7 @@ def _read_lines(source: Source) -> Iterator[dict[str, Any]]:
             try:
                 yield json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise InputError(f"{source.name} line {number + 1} is not JSON: {error}.") from None
+                raise InputError(f"{source.name} line {number + 1} is not JSON: {error}. Mend or remove it.") from None
 
 
 def _read_json(source: Source) -> Iterator[dict[str, Any]]:
@@ -212,13 +214,14 @@ def _read_json(source: Source) -> Iterator[dict[str, Any]]:
         text = stream.read()
     try:
         rows = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if text.lstrip()[:1] == b"{" and b"\n{" in text:
             yield from _read_lines(source)  # JSON lines under the name .json
             return
-        raise InputError(f"{source.name} is not JSON: {error}.") from None
+        raise InputError(f"{source.name} is not JSON: {error}. Mend it, or write a row a line as .jsonl.") from None
     if not isinstance(rows, list):
-        raise InputError(f"{source.name}: found {type(rows).__name__}, expected a list of objects.")
+        within = f" with {', '.join(rows)}" if isinstance(rows, dict) else ""
+        raise InputError(f"{source.name}: found {type(rows).__name__}{within}, expected a list of objects, the rows.")
     yield from rows
 
 

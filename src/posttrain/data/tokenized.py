@@ -4,16 +4,19 @@ A folder per key, where the key covers rows, tokenizer, template and columns:
     ids.bin      int32, all samples end to end          weights.bin  uint8, the same shape: which of the weights.npy
     weights.npy  float32, the weights that there are: first 0, then 1
     offsets.npy  int64 (N+1), where each sample begins  rows.npy     int64 (N), its row's number among all rows read
-    report.json  rows read, rows left out and why, and the places of the first few of each reason
+    turns.npy    int64 (N), how many turns each sample trains
+    report.json  rows read, rows left out and why, notes, and the places of the first few of each
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
 import shutil
 import uuid
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -26,12 +29,13 @@ from typing import Any
 import numpy as np
 
 from posttrain.data.chat import ChatTokenizer
+from posttrain.data.encoded import Encoded, kinds_of_notes
 from posttrain.data.formats import Columns, RowError, to_conversation
 from posttrain.data.sources import Row, Source, read_rows
 from posttrain.errors import InputError
 from posttrain.records import Sample
 
-FORMAT = 2  # of the cache; a new number makes all older caches unused
+FORMAT = 3  # of the cache; a new number makes all older caches unused
 ROWS_A_CHUNK = 256
 # Workers take seconds to start, in which one process does about this many rows.
 ROWS_BEFORE_WORKERS = 8192
@@ -39,22 +43,54 @@ PLACES_A_REASON = 5
 
 MOST_WEIGHTS = 256  # different weights in one set of rows
 
-Outcome = tuple[str, list[tuple[np.ndarray, np.ndarray]] | RowError]  # the row's place; ids and weights of its samples
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a row gave: ids, weights and the number of trained turns of each sample, or why there are none.
+
+    `notes` are what a person should know of the row, each with its kind.
+    """
+
+    source: str
+    number: int
+    samples: list[tuple[np.ndarray, np.ndarray, int]] | RowError
+    notes: dict[str, str]
+
+    @property
+    def place(self) -> str:
+        return f"{self.source} row {self.number}"
 
 
 @dataclass
 class Report:
-    """What became of the rows: every one is used or counted under a reason."""
+    """What became of the rows: every one is used or counted under a reason.
+
+    `notes` count, by kind, what a person should know of rows, also of those that truncation leaves out. `places` are the first few of each reason and of
+    each kind. `files` are the names of the sources, each with the number of its first row among all rows read.
+    """
 
     rows_read: int = 0
     rows_used: int = 0
     rows_dropped: dict[str, int] = field(default_factory=dict)
+    notes: dict[str, int] = field(default_factory=dict)
     places: dict[str, list[str]] = field(default_factory=dict)
+    files: list[tuple[str, int]] = field(default_factory=list)
 
-    def drop(self, reason: str, place: str, count: int = 1) -> None:
-        self.rows_dropped[reason] = self.rows_dropped.get(reason, 0) + count
-        if len(self.places.setdefault(reason, [])) < PLACES_A_REASON:
-            self.places[reason].append(place)
+    def drop(self, reason: str, place: str) -> None:
+        self._count(self.rows_dropped, reason, place)
+
+    def note(self, kind: str, place: str) -> None:
+        self._count(self.notes, kind, place)
+
+    def place_of(self, row: int) -> str:
+        """File and number in it of a row that is counted among all rows read."""
+        name, first = self.files[bisect_right(self.files, row, key=lambda file: file[1]) - 1]
+        return f"{name} row {row - first}"
+
+    def _count(self, counts: dict[str, int], kind: str, place: str) -> None:
+        counts[kind] = counts.get(kind, 0) + 1
+        if len(self.places.setdefault(kind, [])) < PLACES_A_REASON:
+            self.places[kind].append(place)
 
 
 @dataclass(frozen=True)
@@ -67,6 +103,7 @@ class TokenizedData:
     begins_N: np.ndarray  # int64, after truncation
     ends_N: np.ndarray  # int64
     rows_N: np.ndarray  # int64, number of the row among all that were read
+    turns_N: np.ndarray  # int64, trained turns, also those that truncation cuts
     report: Report
     fingerprint: str
 
@@ -134,13 +171,14 @@ def truncated(data: TokenizedData, max_length: int, how: str) -> TokenizedData:
     """The rows within `max_length` tokens: longer ones cut, left out or an error, as `how` (data.truncation) says."""
     long_N = data.lengths_N > max_length
     begins_N, ends_N = data.begins_N.copy(), data.ends_N.copy()
-    report = Report(data.report.rows_read, 0, dict(data.report.rows_dropped), dict(data.report.places))
+    report = copy.deepcopy(data.report)
     keep_N = np.ones(len(data), dtype=bool)
     if long_N.any() and how == "error":
         worst = int(data.lengths_N.argmax())
+        unit = "rows" if len(data) == report.rows_used else "samples"
         raise InputError(
-            f"{int(long_N.sum())} of {len(data)} rows are longer than data.max_length={max_length}; the longest, row "
-            f"{data.rows_N[worst]}, has {data.lengths_N[worst]} tokens. Raise data.max_length, or choose "
+            f"{int(long_N.sum())} of {len(data)} {unit} are longer than data.max_length={max_length}; the longest, "
+            f"{report.place_of(data.rows_N[worst])}, has {data.lengths_N[worst]} tokens. Raise data.max_length, or choose "
             "data.truncation=drop, left or right."
         )
     if how == "left":
@@ -150,16 +188,18 @@ def truncated(data: TokenizedData, max_length: int, how: str) -> TokenizedData:
     elif how == "drop":
         keep_N = ~long_N
         for row in data.rows_N[long_N]:
-            report.drop("longer than data.max_length", f"row {row}")
+            report.drop("longer than data.max_length", report.place_of(row))
     cut = replace(data, begins_N=begins_N, ends_N=ends_N, report=report)
     empty_N = keep_N & (cut.num_trained_N == 0)
     for row in data.rows_N[empty_N]:
-        report.drop("no trained token left", f"row {row}")
+        report.drop("no trained token left", report.place_of(row))
     keep_N &= ~empty_N
     report.rows_used = len(np.unique(data.rows_N[keep_N]))
     if not keep_N.any():
         raise InputError(f"No row is left to train on: {_reasons(report)}")
-    return replace(cut, begins_N=begins_N[keep_N], ends_N=ends_N[keep_N], rows_N=data.rows_N[keep_N])
+    return replace(
+        cut, begins_N=begins_N[keep_N], ends_N=ends_N[keep_N], rows_N=data.rows_N[keep_N], turns_N=data.turns_N[keep_N]
+    )
 
 
 def _build(folder: Path, chunks: Iterable[list[Outcome]], progress: Callable[[int], None]) -> None:
@@ -167,25 +207,31 @@ def _build(folder: Path, chunks: Iterable[list[Outcome]], progress: Callable[[in
     aside = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     aside.mkdir(parents=True)
     try:
-        report, lengths, rows = Report(), [0], []
+        report, lengths, rows, turns = Report(), [0], [], []
         values = {0.0: 0, 1.0: 1}
         with open(aside / "ids.bin", "wb") as ids, open(aside / "weights.bin", "wb") as weights:
             for chunk in chunks:
-                for place, samples in chunk:
-                    if isinstance(samples, RowError):
-                        report.drop(samples.kind, f"{place}: {samples}")
+                for row in chunk:
+                    if row.number == 0:
+                        report.files.append((row.source, report.rows_read))
+                    if isinstance(row.samples, RowError):
+                        report.drop(row.samples.kind, f"{row.place}: {row.samples}")
                     else:
                         report.rows_used += 1
-                        for ids_T, weights_T in samples:
+                        for ids_T, weights_T, num_turns in row.samples:
                             ids.write(ids_T.tobytes())
-                            weights.write(_indices(weights_T, values, place).tobytes())
+                            weights.write(_indices(weights_T, values, row.place).tobytes())
                             lengths.append(len(ids_T))
                             rows.append(report.rows_read)
+                            turns.append(num_turns)
+                    for note, kind in row.notes.items():
+                        report.note(kind, f"{row.place}: {note}")
                     report.rows_read += 1
                 progress(len(chunk))
         np.save(aside / "weights.npy", np.asarray(list(values), dtype=np.float32))
         np.save(aside / "offsets.npy", np.cumsum(np.asarray(lengths, dtype=np.int64)))
         np.save(aside / "rows.npy", np.asarray(rows, dtype=np.int64))
+        np.save(aside / "turns.npy", np.asarray(turns, dtype=np.int64))
         (aside / "report.json").write_text(json.dumps(report.__dict__))
         try:
             aside.rename(folder)
@@ -250,13 +296,18 @@ def _encode_chunk(chat: ChatTokenizer, columns: Columns, rows: Iterable[Row]) ->
     rows = list(rows)
     conversations = [_conversation_or_error(row, columns) for row in rows]
     encoded = iter(chat.encode_many([c for c in conversations if not isinstance(c, RowError)], origins=False))
-    outcomes: list[Outcome] = []
+    outcomes = []
     for row, conversation in zip(rows, conversations, strict=True):
         result = conversation if isinstance(conversation, RowError) else next(encoded)
-        outcomes.append(
-            (row.place, result if isinstance(result, RowError) else [(e.ids_T, e.weights_T) for e in result])
-        )
+        outcomes.append(_outcome(row, result))
     return outcomes
+
+
+def _outcome(row: Row, result: list[Encoded] | RowError) -> Outcome:
+    if isinstance(result, RowError):
+        return Outcome(row.source, row.number, result, {})
+    samples = [(e.ids_T, e.weights_T, sum(turn.weight > 0 for turn in e.turns)) for e in result]
+    return Outcome(row.source, row.number, samples, kinds_of_notes(result))
 
 
 def _conversation_or_error(row: Row, columns: Columns) -> Any:
@@ -286,9 +337,12 @@ def _open(folder: Path, key: str, drop_invalid: bool, names: list[str]) -> Token
     if report.rows_read == 0:
         raise InputError(f"{', '.join(names)}: no rows in it.")
     if report.rows_used == 0 or (report.rows_dropped and not drop_invalid):
-        kind, places = next(iter(report.places.items()))
+        kind = next(iter(report.rows_dropped))
         advice = "No row can be used." if report.rows_used == 0 else "Leave such rows out with data.invalid_rows=drop."
-        raise InputError(f"{places[0]} ({kind}; {report.rows_dropped[kind]} such rows). {advice}")
+        counts = f"{report.rows_dropped[kind]} such rows of {sum(report.rows_dropped.values())} that cannot be used"
+        raise InputError(
+            f"{report.places[kind][0]} ({kind}; {counts}). {advice} `posttrain data check` lists them with their reasons."
+        )
     offsets = np.load(folder / "offsets.npy")
     return TokenizedData(
         ids=np.memmap(folder / "ids.bin", dtype=np.int32, mode="r"),
@@ -297,6 +351,7 @@ def _open(folder: Path, key: str, drop_invalid: bool, names: list[str]) -> Token
         begins_N=offsets[:-1],
         ends_N=offsets[1:],
         rows_N=np.load(folder / "rows.npy"),
+        turns_N=np.load(folder / "turns.npy"),
         report=report,
         fingerprint=key,
     )

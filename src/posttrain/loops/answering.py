@@ -11,6 +11,7 @@ from posttrain.data.chat import ChatTokenizer
 from posttrain.data.formats import Columns, RowError, conversation_of, prompt_of
 from posttrain.data.provenance.messages import texts_of
 from posttrain.data.sources import Row
+from posttrain.data.tokenized import Report
 from posttrain.distributed.world import World
 from posttrain.records import Completion, Conversation
 from posttrain.rewards.gsm8k import build_reward, final_answer
@@ -24,6 +25,14 @@ class Problem:
 
     conversation: Conversation
     prompt_ids_T: np.ndarray
+
+    @property
+    def ground_truth(self) -> str | None:
+        """The row's, else the final answer of its own response."""
+        last = self.conversation.messages[-1]
+        if self.conversation.ground_truth is not None or last["role"] != "assistant":
+            return self.conversation.ground_truth
+        return final_answer("".join(texts_of(last.get("content"))))
 
 
 @dataclass(frozen=True)
@@ -49,10 +58,10 @@ class Answer:
 
 def read_problems(
     rows: Iterable[Row], columns: Columns, chat: ChatTokenizer, limit: int | None
-) -> tuple[list[Problem], dict[str, int]]:
-    """The first problems that can be asked, and how many rows before them were left out for which reason."""
+) -> tuple[list[Problem], Report]:
+    """The first problems that can be asked, and what became of the rows up to the last of them."""
     problems: list[Problem] = []
-    dropped: dict[str, int] = {}
+    report = Report()
     for row in rows:
         if limit is not None and len(problems) == limit:
             break
@@ -60,8 +69,8 @@ def read_problems(
             conversation = conversation_of(row.values, columns)
             problems.append(Problem(conversation, chat.prompt_ids(conversation)))
         except RowError as error:
-            dropped[error.kind] = dropped.get(error.kind, 0) + 1
-    return problems, dropped
+            report.drop(error.kind, f"{row.place}: {error}")
+    return problems, report
 
 
 def answer_all(
@@ -80,13 +89,10 @@ def answer_all(
 
 
 def judge_all(problems: Sequence[Problem], completions: Sequence[Completion], reward_name: str) -> list[Answer]:
-    """Each answer with its verdict. The truth is the row's, else the final answer of its own response."""
+    """Each answer with its verdict."""
     judge = build_reward(reward_name)
-    answers = []
-    for problem, completion in zip(problems, completions, strict=True):
-        conversation = problem.conversation
-        truth = conversation.ground_truth
-        if truth is None and conversation.messages[-1]["role"] == "assistant":
-            truth = final_answer("".join(texts_of(conversation.messages[-1].get("content"))))
-        answers.append(Answer(conversation, completion, truth, judge(completion.text, truth)))
-    return answers
+    return [
+        Answer(problem.conversation, completion, truth, judge(completion.text, truth))
+        for problem, completion in zip(problems, completions, strict=True)
+        for truth in [problem.ground_truth]
+    ]

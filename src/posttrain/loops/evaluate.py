@@ -14,10 +14,12 @@ from posttrain.distributed.device import choose_device
 from posttrain.distributed.watchdog import watching
 from posttrain.distributed.world import World, join_world
 from posttrain.errors import InputError
-from posttrain.loops.answering import Answer, answer_all, judge_all, read_problems
+from posttrain.loops.answering import Answer, Problem, answer_all, judge_all, read_problems
 from posttrain.loops.training_data import chat_maker
 from posttrain.models.load import find_model, load_model
 from posttrain.rewards.accuracy import Accuracy
+from posttrain.rewards.gsm8k import build_reward
+from posttrain.rewards.verdict import Verdict
 from posttrain.rollout.transformers import TransformersRollout
 from posttrain.run.progress import Display
 
@@ -27,16 +29,10 @@ def evaluate(config: Config, files: Sequence[str], output: Path, limit: int | No
 
     Raises InputError where no row can be judged or the model cannot be loaded.
     """
-    answers, shown = _answers(config, files, "--test_file", limit)
-    accuracy = Accuracy.of([answer.verdict for answer in answers])
+    answers, shown = _answers(config, files, "--test_file", limit, judged=True)
     if shown:
         _write_lines(output, [answer.as_record() for answer in answers])
-    if accuracy.num_judged == 0:
-        raise InputError(
-            f"None of the {len(answers)} answers could be judged: no row has reward_model.ground_truth or a response that "
-            f"ends in a number. The answers lie in {output}."
-        )
-    return accuracy
+    return Accuracy.of([answer.verdict for answer in answers])
 
 
 def generate(config: Config, files: Sequence[str], output: Path, num_samples: int) -> list[Answer]:
@@ -47,7 +43,9 @@ def generate(config: Config, files: Sequence[str], output: Path, num_samples: in
     return answers
 
 
-def _answers(config: Config, files: Sequence[str], option: str, limit: int | None) -> tuple[list[Answer], bool]:
+def _answers(
+    config: Config, files: Sequence[str], option: str, limit: int | None, judged: bool = False
+) -> tuple[list[Answer], bool]:
     """Answers on every process; the last value is true on the one that writes."""
     data = config.data
     device = choose_device(config.trainer.device)
@@ -58,17 +56,33 @@ def _answers(config: Config, files: Sequence[str], option: str, limit: int | Non
     ):
         chat = world.everyone(chat_maker(config))
         sources = world.everyone(lambda: find_sources(list(files), option, data.val_split, data.hub_config))
-        problems, dropped = world.everyone(lambda: read_problems(read_rows(sources), Columns.of(data), chat, limit))
+        problems, report = world.everyone(lambda: read_problems(read_rows(sources), Columns.of(data), chat, limit))
+        left_out = [
+            f"left out {count:,}: {reason}, such as {report.places[reason][0]}"
+            for reason, count in report.rows_dropped.items()
+        ]
         if not problems:
-            raise InputError(f"{option} {', '.join(files)}: no row can be used. {dropped or ''}".rstrip())
-        for reason, count in dropped.items():
-            display.say(f"left out {count:,} rows: {reason}")
+            raise InputError("\n".join([f"{option} {', '.join(files)}: no row can be used.", *left_out]))
+        for line in left_out:
+            display.say(line)
+        if judged:
+            _check_judged(problems, files, config.reward.name)
         rollout = TransformersRollout(_model(config, world), chat.tokenizer, config.rollout, seed=config.trainer.seed)
         watchdog.beat("answering", patient=True)
         display.begin_work("answering", -(-len(problems) // world.size))
         completions = answer_all(rollout, problems, world, display.advance)
         display.end_work()
         return judge_all(problems, completions, config.reward.name), world.is_main
+
+
+def _check_judged(problems: list[Problem], files: Sequence[str], reward_name: str) -> None:
+    """Raise InputError where no answer could be judged, before any is given."""
+    judge = build_reward(reward_name)
+    if all(judge("", problem.ground_truth) == Verdict.UNKNOWN for problem in problems):
+        raise InputError(
+            f"None of the {len(problems)} rows of {', '.join(files)} can be judged by reward.name={reward_name}: no row has "
+            "a number as reward_model.ground_truth or after a final ####. `posttrain generate` writes answers to look at."
+        )
 
 
 def _model(config: Config, world: World) -> Any:

@@ -140,23 +140,44 @@ def describe(data: TrainingData, config: Config, world: World) -> list[str]:
             continue
         facts = _facts(rows)
         lengths = facts["length_percentiles"]
+        samples = f" in {len(rows):,} samples" if len(rows) != facts["rows_used"] else ""
+        turns = f"{facts['num_turns']:,} trained turns, " if facts["num_turns"] else ""
         lines.append(
-            f"{name}: {facts['rows_used']:,} of {facts['rows_read']:,} rows, {facts['num_tokens']:,} tokens, "
+            f"{name}: {facts['rows_used']:,} of {facts['rows_read']:,} rows{samples}, {turns}{facts['num_tokens']:,} tokens, "
             f"{facts['num_trained_tokens'] / facts['num_tokens']:.0%} trained; length median {lengths['50']}, "
             f"99% {lengths['99']}, longest {lengths['100']}"
         )
         for reason, count in facts["rows_dropped"].items():
             lines.append(f"  left out {count:,}: {reason}, such as {rows.report.places[reason][0]}")
+        for kind, count in facts["notes"].items():
+            lines.append(f"  noted {_times(count)} {rows.report.places[kind][0]}")
+    unit = "samples" if len(data.train) != data.train.report.rows_used else "rows"
     tokens_a_step = data.train.lengths_N.mean() * schedule.batch_size
     lines.append(
-        f"{schedule.num_steps:,} steps of {schedule.batch_size} rows (about {tokens_a_step:,.0f} tokens) = "
+        f"{schedule.num_steps:,} steps of {schedule.batch_size} {unit} (about {tokens_a_step:,.0f} tokens) = "
         f"{schedule.num_epochs:.4g} epochs of {schedule.steps_per_epoch:,} steps, on {world.size} "
         f"{'process' if world.size == 1 else 'processes'} ({world.device.type}){_layout(world)}"
     )
     for option in ("param_offload", "optimizer_offload"):
         if getattr(config.engine, option) and not world.device.has_own_memory:
             lines.append(f"no effect in this run: engine.{option}: this device computes in the host's memory anyway")
-    return lines
+    return lines + [
+        f"no effect in this run: {said}: the chat template never reads it" for said in _unread(data, config)
+    ]
+
+
+def _unread(data: TrainingData, config: Config) -> list[str]:
+    """What the options give to the chat template, and its text does not name."""
+    options = config.data
+    given = {name: f"data.chat_template_kwargs.{name}" for name in options.chat_template_kwargs}
+    if options.enable_thinking is not None:
+        given["enable_thinking"] = "data.enable_thinking"
+    text = str(data.chat.tokenizer.chat_template)
+    return [said for name, said in given.items() if name not in text and options.format != "tokens"]
+
+
+def _times(count: int) -> str:
+    return "once," if count == 1 else f"{count:,} times, first"
 
 
 def _layout(world: World) -> str:
@@ -179,7 +200,9 @@ def _facts(rows: TokenizedData) -> dict[str, Any]:
         "rows_read": rows.report.rows_read,
         "rows_used": rows.report.rows_used,
         "num_samples": len(rows),
+        "num_turns": int(rows.turns_N.sum()),
         "rows_dropped": rows.report.rows_dropped,
+        "notes": rows.report.notes,
         "examples": rows.report.places,
         "num_tokens": int(rows.lengths_N.sum()),
         "num_trained_tokens": int(rows.num_trained_N.sum()),

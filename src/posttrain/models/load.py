@@ -49,9 +49,10 @@ def load_tokenizer(
         raise InputError(f"No tokenizer could be loaded from {path}: {_first_line(error)}") from None
     if chat_template:
         try:
-            tokenizer.chat_template = Path(chat_template).read_text()
-        except OSError as error:
-            raise InputError(f"data.chat_template: {error}") from None
+            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"data.chat_template: cannot read {chat_template}: {reason}. Give a Jinja file.") from None
     return tokenizer
 
 

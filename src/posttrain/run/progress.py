@@ -32,7 +32,7 @@ class Display:
         self.end_work()
 
     def say(self, text: str) -> None:
-        self.console.print(text)
+        self.console.print(text, markup=False, emoji=False)  # what rows and files say is no markup
 
     def begin_work(self, what: str, total: int | None, done: int = 0) -> None:
         """Start a live line that counts up to `total`."""

@@ -5,7 +5,6 @@ Shape suffixes: R rows of the chunk, K places of a signature, N samples (a row m
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ import numpy as np
 from posttrain.data.audit.duplicates import NO_HASH, compared_text, question_hash, row_hash, signatures
 from posttrain.data.audit.rows import check_conversation
 from posttrain.data.chat import ChatTokenizer
-from posttrain.data.encoded import Encoded, Part
+from posttrain.data.encoded import Encoded, Part, kinds_of_notes
 from posttrain.data.formats import Columns, RowError, to_conversation
 from posttrain.data.sources import Row
 from posttrain.records import Conversation, Tokens
@@ -88,6 +87,8 @@ class ChunkChecker:
             if isinstance(samples, RowError):
                 checked.add(number, "unusable", f"{samples.kind}: {samples}", samples.kind)
                 continue
+            for note, kind in kinds_of_notes(s for s in samples if isinstance(s, Encoded)).items():
+                checked.add(number, "note", note, kind)
             for sample in samples:
                 _count_sample(checked, number, record, sample, self.checks)
         return checked
@@ -95,13 +96,17 @@ class ChunkChecker:
     def _encoded(
         self, records: list[Record]
     ) -> Iterator[tuple[int, Conversation | Tokens, list[Encoded | Tokens] | RowError]]:
-        conversations = [r for r in records if isinstance(r, Conversation)]
-        encoded = iter(self.chat.encode_many(conversations) if self.chat else [])
-        for number, record in enumerate(records):
-            if isinstance(record, Tokens):
+        known = [(number, record) for number, record in enumerate(records) if not isinstance(record, RowError)]
+        if self.chat is None:
+            known = [(number, record) for number, record in known if isinstance(record, Tokens)]
+        # ready-made tokens too: a tokenizer may lack their ids
+        encoded = iter(self.chat.encode_many([record for _, record in known]) if self.chat else [])
+        for number, record in known:
+            samples = next(encoded, None)
+            if isinstance(record, Tokens) and not isinstance(samples, RowError):
                 yield number, record, [record]
-            elif isinstance(record, Conversation) and self.chat:
-                yield number, record, next(encoded)  # type: ignore[misc]
+            else:
+                yield number, record, samples  # type: ignore[misc]
 
 
 def _record(row: Row, columns: Columns) -> Record:
@@ -130,8 +135,6 @@ def _count_sample(
     begin, end = _kept(length, checks)
     if isinstance(sample, Encoded):
         _check_turns(checked, number, sample, begin, end, checks)
-        for note in sample.notes:
-            checked.add(number, "note", note, _kind_of_note(note))
     if length > checks.max_length:
         checked.add(number, "too-long", f"{length} tokens", _FATE[checks.truncation])
     if begin == end:
@@ -142,11 +145,6 @@ def _count_sample(
         checked.num_trained += num_trained
     else:
         checked.add(number, "unusable", f"{NOTHING_TRAINED}: none of {end - begin} tokens is a target", NOTHING_TRAINED)
-
-
-def _kind_of_note(note: str) -> str:
-    """The note without what belongs to one row: the message's number, and long quotations."""
-    return re.sub(r"'[^']{30,}'", "'…'", re.sub(r"^message \d+: ", "", note))
 
 
 def _kept(length: int, checks: Checks) -> tuple[int, int]:

@@ -87,7 +87,8 @@ def open_remote(folder: str) -> tuple[Any, str]:
         filesystem, path = fsspec.core.url_to_fs(expand_path(folder))
         filesystem.makedirs(path, exist_ok=True)
     except Exception as error:  # the errors of file systems have no common root
-        raise InputError(f"--hdfs_dir={folder} cannot be written to: {type(error).__name__}: {error}.") from None
+        first_line = str(error).partition("\n")[0].rstrip(".")  # Hadoop's goes on over all places where Java is not
+        raise InputError(f"--hdfs_dir={folder} cannot be written to: {type(error).__name__}: {first_line}.") from None
     return filesystem, path
 
 

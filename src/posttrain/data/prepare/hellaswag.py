@@ -12,6 +12,7 @@ from posttrain.data.messages import RowError, checked_text, clean
 from posttrain.data.prepare.data_set import DataSet, text_of
 from posttrain.data.prepare.questions import question_row, question_schema
 from posttrain.data.sources import Row
+from posttrain.errors import InputError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -20,7 +21,10 @@ _COLUMNS = "HellaSwag has activity_label, ctx_a, ctx_b, endings and label"
 
 
 def _hellaswag_row(row: Row, split: str, index: int) -> dict[str, Any]:
-    label = str(row.values.get("label", "")).strip()
+    if "label" not in row.values:
+        there = ", ".join(row.values) or "(none)"
+        raise InputError(f"{row.place}: there is no column 'label'; found: {there}. {_COLUMNS}.")
+    label = str(row.values["label"]).strip()
     if not label:
         raise RowError("no label", "the row does not say which ending is right")
     endings = clean(row.values.get("endings"))
