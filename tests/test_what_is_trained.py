@@ -264,7 +264,7 @@ def test_a_tokenizer_that_encodes_text_differently_by_itself_refuses_typed_contr
 
     controls = ControlStrings(Beginning(), tokenizer.added_tokens_decoder)
     monkeypatch.setattr(chat, "_controls", controls)
-    with pytest.raises(RowError, match="data.control_strings=allow"):
+    with pytest.raises(RowError, match=r"data\.control_strings=allow"):
         chat.encode(Conversation([user(TYPED), says("ok")]))
     assert len(chat.encode(Conversation([user("nothing typed"), says("ok")])).turns) == 1
 
