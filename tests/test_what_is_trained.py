@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from datetime import date
 
@@ -396,3 +397,67 @@ def test_any_row_gives_samples_or_a_row_error(row):
 
 
 ANY_CHAT = ChatTokenizer(tokenizer_for(TOOLED))
+
+
+def _nested(depth):
+    value = 1
+    for _ in range(depth):
+        value = {"a": value}
+    return value
+
+
+def _calling(arguments):
+    return {"messages": [ASK, calls(("look", arguments)), result("r"), says("ok")]}
+
+
+def _with_tools(**tool):
+    return {"messages": TURNS, "tools": [tool]}
+
+
+def _with_kwargs(kwargs):
+    return {"messages": TURNS, "chat_template_kwargs": kwargs}
+
+
+_HUGE = 10**5000  # more digits than Python writes
+CANNOT_BE_WRITTEN = {
+    "deep arguments": _calling(_nested(500)),
+    "deep tools": _with_tools(a=_nested(500)),
+    "deep variables": _with_kwargs(_nested(500)),
+    "a huge number in arguments": _calling({"n": _HUGE}),
+    "a huge number in tools": _with_tools(n=_HUGE),
+    "a huge number in variables": _with_kwargs({"n": _HUGE}),
+    "a date in arguments": _calling({"n": date(2020, 1, 1)}),
+    "a date in tools": _with_tools(n=date(2020, 1, 1)),
+    "bytes in tools": _with_tools(n=b"x"),
+    "a number as a variable's name": _with_kwargs({1: True, "a": 1}),
+    "a set in a message": {"messages": [{**user("q"), "meta": {1, 2}}, says("a")]},
+}
+
+
+@pytest.mark.parametrize("name", CANNOT_BE_WRITTEN)
+@pytest.mark.xfail(
+    strict=True, reason="a value that is no JSON, or too deep or too long, raises another error than RowError"
+)
+def test_a_value_that_cannot_be_written_gives_samples_or_a_row_error(name):
+    with contextlib.suppress(RowError):
+        ANY_CHAT.encode_many([to_conversation(CANNOT_BE_WRITTEN[name], Columns())])
+
+
+@pytest.mark.parametrize("weight", [1e300, 1e-50])
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="a weight beyond float32 becomes infinite or 0")
+def test_a_weight_beyond_float32_is_refused_or_kept(weight):
+    try:
+        conversation = to_conversation({"messages": [user("q"), says("a", weight=weight)]}, Columns())
+        (encoded,) = samples(tokenizer_for(CHATML), conversation)
+    except RowError:
+        return
+    assert encoded.trained_T.any() and np.isfinite(encoded.weights_T).all()
+
+
+@pytest.mark.slow
+@pytest.mark.xfail(strict=True, raises=RowError, reason="the number of a message runs into the bit of {% generation %}")
+def test_message_number_4094_and_later_are_told_from_the_first_ones():
+    messages = [m for _ in range(2050) for m in (user("q"), says("a"))]
+    found = trained(tokenizer_for(CHATML), messages, train_on="last", weights=(*[0] * 4099, 1))
+    assert found == ["a<|im_end|>"]
