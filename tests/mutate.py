@@ -1,4 +1,4 @@
-"""Breaks the code of loss and layout on purpose, one way at a time, and fails if the comparison of layouts lets it pass.
+"""Breaks the code of loss, layout and masks on purpose, one way at a time, and fails if the tests of it let that pass.
 
 python -m pytest tests/mutate.py        # also part of the whole suite
 """
@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -106,6 +108,47 @@ MUTATIONS = [
         "pass",
     ),
 ]
+
+MASK_MUTATIONS = [
+    Mutation(
+        "takes every weight for 1", "data/chat.py", "weights_T[begin:end] = weight", "weights_T[begin:end] = weight > 0"
+    ),
+    Mutation("trains all turns", "data/chat.py", 'rules.train_on == "all" or turn == last', "True"),
+    Mutation("trains reasoning", "data/chat.py", "if not self.rules.reasoning:", "if False:"),
+    Mutation(
+        "trains earlier turns again",
+        "data/chat.py",
+        '(0.0, "it has a sample of its own")',
+        '(1.0, "it has a sample of its own")',
+    ),
+    Mutation(
+        "trains a token of header and answer",
+        "data/chat.py",
+        "if first < span.start or last > span.end:",
+        "if last > span.end:",
+    ),
+    Mutation("lets tools steer", "data/controls.py", "part == Part.TOOLS or (", "("),
+    Mutation("takes the answer's control strings for text", "data/controls.py", "theirs[message] and", ""),
+    Mutation("encodes text by itself unasked", "data/controls.py", "if alone != with_controls.tolist():", "if False:"),
+    Mutation(
+        "does not train the end", "data/provenance/borders.py", "end = whole[-1].end()", "end = whole[-1].start()"
+    ),
+    Mutation(
+        "uses answers for other messages",
+        "data/provenance/borders.py",
+        "return (tuple(kinds), conversation",
+        "return ((), conversation",
+    ),
+    Mutation(
+        "ignores generation blocks",
+        "data/provenance/turns.py",
+        "start += _outside_generation(",
+        "start += 0 * _outside_generation(",
+    ),
+]
+MASK_TESTS = ("test_what_is_trained.py", "test_mask_properties.py")
+# Few and quick, such that each mutation shows in one of them; without published templates, which may be absent.
+QUICK_MASK_TESTS = "(test_what_is_trained and not any_row and not 4094) or (serves_no_other and equality)"
 
 
 def mutate(folder: Path, mutation: Mutation) -> Path:
@@ -212,4 +255,30 @@ def test_the_comparison_of_layouts_lets_no_mutation_live(models, tmp_path):
     untouched, *mutants = (torch.load(tmp_path / f"{number}.said.pt") for number in range(len(copies)))
     assert untouched == [], f"the code as it stands differs: {untouched}"
     alive = [mutation.what for mutation, said in zip(MUTATIONS, mutants, strict=True) if not said]
+    assert not alive, f"nothing noticed code that {', that '.join(alive)}"
+
+
+def masks_are_noticed(copies: list[Path], folder: Path) -> list[int]:
+    """What pytest says of each copy of the source."""
+    os.environ["POSTTRAIN_TEST_DATA"] = str(folder / "absent")
+    ours = ("posttrain", "conftest", *(file.stem for file in Path(__file__).parent.glob("*.py")))
+    path, said = list(sys.path), []
+    tests = [str(Path(__file__).with_name(name)) for name in MASK_TESTS]
+    for copy in copies:
+        for name in [name for name in sys.modules if name.split(".")[0] in ours and name != __name__]:
+            del sys.modules[name]
+        sys.path[:] = [str(copy), *path]
+        said.append(int(pytest.main(["-x", "-q", "--tb=no", "-p", "no:cacheprovider", "-k", QUICK_MASK_TESTS, *tests])))
+        assert sys.modules["posttrain"].__file__ == str(copy / "posttrain" / "__init__.py")
+    return said
+
+
+@pytest.mark.slow
+def test_the_tests_of_masks_let_no_mutation_live(tmp_path):
+    copies = [SOURCE, *(mutate(tmp_path, mutation) for mutation in MASK_MUTATIONS)]
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        untouched, *mutants = pool.submit(masks_are_noticed, copies, tmp_path).result(600)
+    assert untouched == pytest.ExitCode.OK, "the tests fail on the code as it stands"
+    failed = pytest.ExitCode.TESTS_FAILED
+    alive = [mutation.what for mutation, said in zip(MASK_MUTATIONS, mutants, strict=True) if said != failed]
     assert not alive, f"nothing noticed code that {', that '.join(alive)}"
