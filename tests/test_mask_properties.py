@@ -334,30 +334,7 @@ DEPENDING = {
 }  # fmt: skip
 
 
-# The key under which an answer is kept lacks what these templates look at.
-UNSEEN = {
-    "the text is read where nothing notes it": (
-        "a text as the key", "a text as a number", "a text as a fraction", "words", "title", "tags stripped", "wrapped",
-        "encoded as a URL", "bytes", "escaped", "a constant that is split", "a list as text", "parts as text", "an object as text",
-    ),
-    "numbers and lists inside of objects are not asked about": (
-        "a number in an object", "length of a list in an object", "number of an argument", "list of an argument", "types in a list",
-    ),
-    "1 and true are one key": ("true, not 1",),
-    "kinds are kept once each, latest first: neither how many there are nor which stands where": (
-        "number of messages", "number of users", "odd and even", "a switch", "role of the first", "text of the first", "text of the second last",
-    ),
-    "the end of the first turn is judged otherwise than of a later one": ("a turn before it",),
-}  # fmt: skip
-REASONS = {name: reason for reason, names in UNSEEN.items() for name in names}
-
-
-def marked(name: str):
-    why = REASONS.get(name)
-    return pytest.param(name, marks=pytest.mark.xfail(strict=True, raises=AssertionError, reason=why) if why else ())
-
-
-@pytest.mark.parametrize("name", map(marked, DEPENDING))
+@pytest.mark.parametrize("name", DEPENDING)
 def test_what_is_kept_from_one_conversation_serves_no_other_for_which_it_is_wrong(name):
     template, several = DEPENDING[name]
     several = [c if isinstance(c, Conversation) else Conversation(c) for c in several]

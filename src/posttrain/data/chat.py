@@ -188,9 +188,9 @@ class ChatTokenizer:
         last = max((i for i, m in enumerate(conversation.messages) if m["role"] in rules.roles), default=-1)
         chosen = {}
         for turn, (message, weight) in enumerate(zip(conversation.messages, weights, strict=True)):
-            if weight is not None and not 0 <= weight <= _MOST_WEIGHT:
+            if weight and not 1 / _MOST_WEIGHT <= weight <= _MOST_WEIGHT:
                 raise RowError(
-                    "weight out of range", f"message {turn} has the weight {weight}, expected 0 to {_MOST_WEIGHT:g}"
+                    "weight out of range", f"message {turn} has the weight {weight:g}, expected 0, or 1e-6 to 1e6"
                 )
             if weight is not None and (weight or message["role"] in rules.roles):
                 chosen[turn] = (float(weight), "the row gives its weight")

@@ -59,6 +59,13 @@ class Columns:
 
 def to_conversation(row: dict[str, Any], columns: Columns) -> Conversation | Tokens:
     """The row as messages, or as the tokens that it brings. Raises RowError for a row that cannot be used."""
+    try:
+        return _read_row(row, columns)
+    except (RecursionError, OverflowError) as error:
+        raise RowError("too deep or too large", f"the row holds what nothing can read: {error}") from None
+
+
+def _read_row(row: dict[str, Any], columns: Columns) -> Conversation | Tokens:
     form = _recognised(row, columns) if columns.format == AUTO else columns.format
     if form == TOKENS:
         return read_tokens(row)

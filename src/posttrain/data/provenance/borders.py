@@ -5,8 +5,8 @@ character of theirs must stand before the turn too. It ends with the last contro
 and the conversation cut behind the turn have in common.
 
 Both cost a rendering, so answers are kept. An answer is used again for a turn whose surrounding text is the same and whose
-earlier messages are of the same kinds (shapes, and answers to all that the template ever asked of such a message), ordered by
-where each kind last occurs.
+earlier messages are of the same kinds (shapes, and answers to all that the template ever asked of such a message) in the same
+order.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ _OPENED_REASONING = re.compile(
 _REASONING_CLOSERS = {(end, begin) for begin, end in REASONING_TAGS}
 _PROBE = "posttrain"
 _USER = {"role": "user", "content": _PROBE}
-_COUNTED = 16  # a template that counts messages is taken to count no further, but for even and odd
+_IN_ORDER, _LAST = 16, 4  # messages: of longer conversations a template is taken to see no more than these
+_MOST_SHAPES = 5_000
 _KEPT = 50_000  # answers; a set of rows needs a few dozen
 
 
@@ -56,6 +57,8 @@ class Borders:
             except Exception as error:  # what a template raises is its own choice
                 raise RowError(REFUSED, f"the chat template says: {error}") from None
             self.questions.learn(conversation)
+            if self.questions.num_shapes > _MOST_SHAPES:  # every message of a shape of its own, by a number in it
+                self.questions, self._kept = Questions(), {}
             known = conversation.rendered[count, prompt] = (rendered, conversation.trace.followed)
         self._followed &= known[1]
         return known[0]
@@ -251,9 +254,12 @@ class Borders:
         return found
 
     def _situation(self, conversation: MarkedConversation, count: int) -> Any:
-        """How many messages, their kinds, the latest first, each once; tools and variables."""
-        kinds = dict.fromkeys(self.questions.kind(conversation, number) for number in reversed(range(count)))
-        return (count if count <= _COUNTED else -(count % 2), tuple(kinds), conversation.surroundings)
+        """The kinds of the first `count` messages, in order; of more than a few the first, the last, and which others there
+        are by their latest place, and whether they are even or odd. And tools and variables."""
+        kinds: list[Any] = [self.questions.kind(conversation, number) for number in range(count)]
+        if count > _IN_ORDER:
+            kinds = [count % 2, *kinds[:2], *kinds[-_LAST:], *dict.fromkeys(reversed(kinds))]
+        return (tuple(kinds), conversation.surroundings)
 
 
 def _headers(prompt: str) -> list[tuple[str, str]]:

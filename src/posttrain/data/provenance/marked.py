@@ -22,7 +22,7 @@ from posttrain.data.encoded import Part
 LOST, TEMPLATE, TOOLS = map(chr, range(3))
 _FIRST_MESSAGE = 8
 # Characters inside a {% generation %} block carry this bit in their code.
-GENERATED = 0x4000
+GENERATED = 0x80000
 _PARTS = (Part.NAME, Part.TEXT, Part.REASONING, Part.TOOL_CALL)
 
 
@@ -296,10 +296,8 @@ class Marked(str):
     def _ask(self, what: str, args: tuple[Any, ...] = ()) -> None:
         if self._source is not None:
             self._source.ask(what, args)
-        else:
-            for arg in args:
-                if isinstance(arg, Marked) and arg._source is not None:
-                    arg._source.trace.followed = False
+        elif (source := _mixed(*args)) is not None:
+            source.trace.followed = False
 
     def __hash__(self) -> int:
         if self._source is not None:  # it is looked up in something, and what it equals there is not seen

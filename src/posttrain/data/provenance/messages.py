@@ -36,6 +36,10 @@ class Questions:
     def __init__(self) -> None:
         self._of_shape: dict[Any, dict[Question, None]] = {}
 
+    @property
+    def num_shapes(self) -> int:
+        return len(self._of_shape)
+
     def learn(self, conversation: MarkedConversation) -> None:
         """Take in what the last rendering of the conversation asked."""
         for number, question in conversation.trace.asked:
@@ -190,7 +194,7 @@ def _marked_tools(key: str) -> list[Any]:
 
 
 def _shape(message: dict[str, Any]) -> tuple[Any, ...]:
-    """The role and what fields there are, with their types; of lists the length, of what is in them the keys."""
+    """The role and what fields there are, with their types and numbers; of lists the length, of what is in them the keys."""
     return tuple((key, value if key == "role" else _outline(value)) for key, value in message.items())
 
 
@@ -198,5 +202,5 @@ def _outline(value: Any, depth: int = 3) -> Any:
     if isinstance(value, list) and depth:
         return tuple(_outline(item, depth - 1) for item in value)
     if isinstance(value, dict) and depth < 3:
-        return tuple((key, item if key == "type" else type(item).__name__) for key, item in value.items())
-    return value if isinstance(value, bool) else type(value).__name__
+        return tuple((key, item if key == "type" else _outline(item, 0)) for key, item in value.items())
+    return (type(value).__name__, value) if isinstance(value, int | float) else type(value).__name__

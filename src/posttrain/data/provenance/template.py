@@ -87,7 +87,10 @@ class MarkedTemplate:
         self._plain = plain.from_string(source)
         environment = theirs.overlay()
         environment.extensions = dict(theirs.extensions)
-        environment.filters = {**theirs.filters, **_FILTERS}
+        unseen = {name: _noticing(function) for name, function in theirs.filters.items() if name not in _ASKING_FILTERS}
+        environment.filters = {**theirs.filters, **unseen, **_FILTERS}
+        tests = {name: _noticing(function) for name, function in theirs.tests.items() if name not in _ASKING_TESTS}
+        environment.tests = {**theirs.tests, **tests}
         environment.globals = {
             **theirs.globals,
             "strftime_now": lambda form: literal(today.strftime(str.__str__(form))),
@@ -208,7 +211,8 @@ def _filter_escape(value: Any) -> str:
     text = written(value)
     escaped = [str(markupsafe.escape(str.__str__(str.__getitem__(text, i)))) for i in range(str.__len__(text))]
     codes = "".join(code * len(piece) for code, piece in zip(codes_of(text), escaped, strict=True))
-    return marked("".join(escaped), codes, getattr(text, "_source", None))
+    source = _any_source(text)
+    return marked("".join(escaped), codes, None if source is None else Mixed(source.trace, changed=True))
 
 
 def _filter_indent(s: str, width: int | str = 4, first: bool = False, blank: bool = False) -> str:

@@ -11,7 +11,7 @@ from posttrain.data.encoded import Part
 from posttrain.data.formats import RowError
 from posttrain.data.provenance.borders import UNPROVEN, Borders
 from posttrain.data.provenance.marked import GENERATED, LOST
-from posttrain.data.provenance.messages import MarkedConversation, reasoning_end, texts_of
+from posttrain.data.provenance.messages import REASONING_TAGS, MarkedConversation, reasoning_end, texts_of
 from posttrain.data.provenance.template import Rendered, Run
 
 # A template may repeat the end of a turn in the header of the next message: the name of a called tool, for one.
@@ -62,7 +62,9 @@ def find_span(borders: Borders, conversation: MarkedConversation, rendered: Rend
             UNPROVEN, f"the template writes part of message {turn} by an operation that hides where it came from"
         )
     start += _outside_generation(rendered, turn, start, own_end)
-    return Span(turn, start, own_start, end, _reasoning_end(rendered.runs[first:last], start), (*notes, *said))
+    return Span(
+        turn, start, own_start, end, _reasoning_end(rendered.text, rendered.runs[first:last], start), (*notes, *said)
+    )
 
 
 def _begin(
@@ -200,14 +202,27 @@ def _leaves(value: Any) -> list[str]:
     return [leaf for item in value for leaf in _leaves(item)] if isinstance(value, list) else []
 
 
-def _reasoning_end(runs: list[Run], start: int) -> int | None:
-    """Where the first text or call behind the reasoning begins; `start` without reasoning, None where text stands before it."""
+def _reasoning_end(text: str, runs: list[Run], start: int) -> int | None:
+    """Where text or calls begin behind the reasoning and the tag that closes it; `start` without reasoning, None where text
+    stands before it."""
     reasoning = [number for number, run in enumerate(runs) if run[3] == Part.REASONING]
     if not reasoning:
         return start
     if reasoning != list(range(len(reasoning))):
         return None
-    return runs[reasoning[-1] + 1][0] if len(runs) > len(reasoning) else runs[reasoning[-1]][1]
+    last = runs[reasoning[-1]]
+    if len(runs) == len(reasoning):
+        return last[1]
+    following = runs[len(reasoning)]
+    closers = [
+        text.rfind(close, last[0], following[0]) + len(close)
+        for _, close in REASONING_TAGS
+        if close in text[last[0] : following[0]]
+    ]
+    end = max(closers, default=following[0])
+    while end < following[1] and text[end].isspace():
+        end += 1
+    return end
 
 
 def _outside_generation(rendered: Rendered, turn: int, start: int, own_end: int) -> int:
