@@ -124,11 +124,11 @@ def written(value: Any) -> str:
     """What the template writes for a value: texts as they are, numbers as the template's own text."""
     if type(value) is Marked:
         return value
+    if value is None or isinstance(value, int | float | jinja2.Undefined):
+        return literal(str(value))
     text = str(getattr(value, "_raw", value))
     if type(text) is Marked:
         return text
-    if value is None or isinstance(value, int | float | jinja2.Undefined):
-        return literal(text)
     code, source = uniform(value), _any_source(value)
     return marked(text, code and code * len(text), None if source is None else Mixed(source.trace, changed=True))
 
