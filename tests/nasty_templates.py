@@ -104,6 +104,7 @@ NASTY: dict[str, Nasty] = {
     "answer quotes the user": Nasty(answers("{{ messages[0].content }}: {{ m.content }}"), REFUSED),
     "answer joined with the user's": Nasty(answers("{{ [messages[loop.index0 - 1].content, m.content] | join(' ') }}"), REFUSED),
     "answer printed twice": Nasty(answers("{{ m.content }}{{ m.content }}"), EITHER),
+    "what is undefined": Nasty(answers("{{ m.nothing }}{{ m.content ~ m.nope }}{{ 'x' if false }}"), EXACT),
     "answer repeated in the next header": Nasty(
         chatml(head="<|im_start|>{{ m.role }}{% if loop.previtem is defined %} after {{ loop.previtem.content }}{% endif %}{{ '\n' }}",
                prompt="{% if add_generation_prompt %}<|im_start|>assistant after {{ messages[-1].content }}\n{% endif %}"), EITHER),

@@ -12,7 +12,7 @@ import pytest
 
 from conftest import records
 from posttrain.config.compose import compose
-from posttrain.data import tokenized
+from posttrain.data import workers
 from posttrain.distributed.device import choose_device
 from posttrain.distributed.verdict import Place, Report, blamed, verdict
 from posttrain.distributed.world import World
@@ -148,7 +148,7 @@ def test_a_rank_that_fails_alone_says_why(posttrain):
 
 
 def test_preparing_rows_shows_its_progress_chunk_by_chunk(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenized, "ROWS_A_CHUNK", 50)
+    monkeypatch.setattr(workers, "ROWS_A_CHUNK", 50)
     options = [f"data.train_files={tiny / 'train.parquet'}", f"model.path={tiny / 'model'}"]
     world, signs = World(choose_device("cpu")), []
     config = compose([*options, f"data.cache_dir={tmp_path}"]).config

@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from posttrain.data import tokenized
+from posttrain.data import workers
 from posttrain.data.formats import Columns
 from posttrain.data.sources import find_sources
 from posttrain.data.tokenized import load_tokenized, truncated
@@ -31,8 +31,8 @@ def load(tiny, tmp_path, chat):
 
 def test_workers_make_the_same_cache_as_one_process(load, tmp_path, monkeypatch):
     here = load(num_workers=0)
-    monkeypatch.setattr(tokenized, "ROWS_BEFORE_WORKERS", 20)
-    monkeypatch.setattr(tokenized, "ROWS_A_CHUNK", 16)
+    monkeypatch.setattr(workers, "ROWS_BEFORE_WORKERS", 20)
+    monkeypatch.setattr(workers, "ROWS_A_CHUNK", 16)
     there = load(num_workers=2, cache=tmp_path / "other")
     for name in ("ids", "weights", "begins_N", "ends_N", "rows_N"):
         assert np.array_equal(getattr(here, name), getattr(there, name)), name

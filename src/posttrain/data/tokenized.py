@@ -13,16 +13,12 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
 import shutil
 import uuid
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from itertools import chain, islice
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +28,12 @@ from posttrain.data.chat import ChatTokenizer
 from posttrain.data.encoded import Encoded, kinds_of_notes
 from posttrain.data.formats import Columns, RowError, to_conversation
 from posttrain.data.sources import Row, Source, read_rows
+from posttrain.data.workers import map_chunks
 from posttrain.errors import InputError
 from posttrain.records import Sample
 
 FORMAT = 3  # of the cache; a new number makes all older caches unused
-ROWS_A_CHUNK = 256
-# Workers take seconds to start, in which one process does about this many rows.
-ROWS_BEFORE_WORKERS = 8192
 PLACES_A_REASON = 5
-
 MOST_WEIGHTS = 256  # different weights in one set of rows
 
 
@@ -148,7 +141,8 @@ def load_tokenized(
     key = cache_key(sources, columns, chat)
     folder = Path(cache_dir) / "tokenized" / key
     if not (folder / "report.json").exists():
-        chunks = _encode_all(read_rows(sources), columns, chat, make_chat, num_workers)
+        encoder, here = partial(_encoder, make_chat, columns), partial(_encode_chunk, chat, columns)
+        chunks = map_chunks(encoder, read_rows(sources), num_workers, here)
         _build(folder, chunks, progress)
     return _open(folder, key, drop_invalid, [source.name for source in sources])
 
@@ -253,43 +247,8 @@ def _indices(weights_T: np.ndarray, values: dict[float, int], place: str) -> np.
     return np.asarray(numbers, dtype=np.uint8)[inverse_T]
 
 
-def _encode_all(
-    rows: Iterator[Row],
-    columns: Columns,
-    chat: ChatTokenizer,
-    make_chat: Callable[[], ChatTokenizer],
-    num_workers: int | None,
-) -> Iterator[list[Outcome]]:
-    """Chunks in the order of the rows: here while they are few, on worker processes from then on."""
-    workers = os.cpu_count() or 1 if num_workers is None else num_workers
-    head = rows if workers < 2 else islice(rows, ROWS_BEFORE_WORKERS)
-    for chunk in _chunks(head):
-        yield _encode_chunk(chat, columns, chunk)
-    rest = next(rows, None)
-    if rest is None:
-        return
-    # spawned, not forked: a fork would copy locks that the tokenizer's threads hold
-    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (make_chat, columns)) as pool:
-        yield from _in_order(pool, _chunks(chain([rest], rows)), 4 * workers)
-
-
-def _chunks(rows: Iterable[Row]) -> Iterator[tuple[Row, ...]]:
-    rows = iter(rows)
-    while chunk := tuple(islice(rows, ROWS_A_CHUNK)):
-        yield chunk
-
-
-def _in_order(
-    pool: ProcessPoolExecutor, chunks: Iterable[tuple[Row, ...]], most_waiting: int
-) -> Iterator[list[Outcome]]:
-    """Results in the chunks' order, never reading far ahead of them."""
-    waiting: list[Any] = []
-    for chunk in chunks:
-        waiting.append(pool.submit(_encode_in_worker, chunk))
-        if len(waiting) >= most_waiting:
-            yield waiting.pop(0).result()
-    for future in waiting:
-        yield future.result()
+def _encoder(make_chat: Callable[[], ChatTokenizer], columns: Columns) -> Callable[[Iterable[Row]], list[Outcome]]:
+    return partial(_encode_chunk, make_chat(), columns)
 
 
 def _encode_chunk(chat: ChatTokenizer, columns: Columns, rows: Iterable[Row]) -> list[Outcome]:
@@ -317,19 +276,6 @@ def _conversation_or_error(row: Row, columns: Columns) -> Any:
         return error
     except InputError as error:
         raise InputError(f"{row.place}: {error}") from None
-
-
-_worker: Callable[[tuple[Row, ...]], list[Outcome]]
-
-
-def _start_worker(make_chat: Callable[[], ChatTokenizer], columns: Columns) -> None:
-    global _worker  # a worker process keeps its tokenizer between chunks
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    _worker = partial(_encode_chunk, make_chat(), columns)
-
-
-def _encode_in_worker(rows: tuple[Row, ...]) -> list[Outcome]:
-    return _worker(rows)
 
 
 def _open(folder: Path, key: str, drop_invalid: bool, names: list[str]) -> TokenizedData:

@@ -20,13 +20,19 @@ Result = TypeVar("Result")
 Work = Callable[[tuple[Row, ...]], Result]
 
 
-def map_chunks(make_work: Callable[[], Work[Result]], rows: Iterator[Row], num_workers: int | None) -> Iterator[Result]:
+def map_chunks(
+    make_work: Callable[[], Work[Result]],
+    rows: Iterator[Row],
+    num_workers: int | None,
+    work_here: Work[Result] | None = None,
+) -> Iterator[Result]:
     """The work's result for each chunk of rows: here while they are few, on worker processes from then on.
 
-    `make_work` must be picklable: it is called here and once in each worker. `num_workers` None is one a core.
+    `make_work` must be picklable: it is called once in each worker, and here unless `work_here` is given. `num_workers` None
+    is one a core.
     """
     workers = os.cpu_count() or 1 if num_workers is None else num_workers
-    work = make_work()
+    work = work_here or make_work()
     for chunk in chunks(rows if workers < 2 else islice(rows, ROWS_BEFORE_WORKERS)):
         yield work(chunk)
     rest = next(rows, None)
