@@ -114,7 +114,7 @@ MASK_MUTATIONS = [
         "takes every weight for 1", "data/chat.py", "weights_T[begin:end] = weight", "weights_T[begin:end] = weight > 0"
     ),
     Mutation("trains all turns", "data/chat.py", 'rules.train_on == "all" or turn == last', "True"),
-    Mutation("trains reasoning", "data/chat.py", "if not self.rules.reasoning:", "if False:"),
+    Mutation("trains reasoning", "data/chat.py", "if not self.rules.reasoning and weight:", "if False:"),
     Mutation(
         "trains earlier turns again",
         "data/chat.py",
