@@ -264,8 +264,9 @@ class ChatTokenizer:
             try:
                 template = MarkedTemplate(source, self.rules.today)
             except TemplateError as error:
+                said = str(error).rstrip(".")
                 raise InputError(
-                    f"The chat template does not compile: {error}. Mend it, or give another: data.chat_template=FILE.jinja"
+                    f"The chat template does not compile: {said}. Mend it, or give another: data.chat_template=FILE.jinja"
                 ) from None
             self._borders[source] = Borders(template, self._controls.strings)
         return self._borders[source]

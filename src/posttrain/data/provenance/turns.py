@@ -107,9 +107,12 @@ def _empty(
     if opened:
         raise RowError(UNPROVEN, f"message {turn} is empty, and the template leaves out {opened!r} of its beginning")
     notes = _check_complete(conversation.plain[turn], turn, text, [])
-    start, end = gap_start + length, gap_start + borders.end(conversation, turn, gap, "", before, length)
+    try:
+        start, end = gap_start + length, gap_start + borders.end(conversation, turn, gap, "", before, length)
+    except RowError:
+        start = end = 0
     if end <= start:
-        raise RowError(UNPROVEN, f"message {turn} is empty, and what ends it cannot be told from its header")
+        raise RowError(UNPROVEN, f"message {turn} is empty, and what ends it cannot be told from what is around it")
     return Span(turn, start, end, end, start, tuple(notes))
 
 
