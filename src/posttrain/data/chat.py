@@ -94,6 +94,9 @@ class ChatTokenizer:
         self._borders: dict[str, Borders] = {}
         self._compared: set[tuple[Any, ...]] = set()
         self._prints_date = "strftime_now" in str(tokenizer.chat_template)
+        looking = "{{ 'content' in messages[0] }}"
+        empty = [{"role": "user", "content": None}]
+        self._drops_nulls = tokenizer.apply_chat_template(empty, chat_template=looking, tokenize=False) == "False"
         self._kwargs = self.rules.template_kwargs
         self._borders_for(None if isinstance(tokenizer.chat_template, str) else [])
 
@@ -211,18 +214,21 @@ class ChatTokenizer:
         variables = {**self.tokenizer.special_tokens_map, **self._kwargs}
         first_error = None
         for messages, note in _forms(conversation.messages):
-            marked = MarkedConversation(messages, conversation.tools, variables, conversation.template_kwargs)
+            marked = MarkedConversation(
+                messages, conversation.tools, variables, conversation.template_kwargs, self._drops_nulls
+            )
             try:
                 rendered = borders.render(marked, prompt=prompt)
+                if marked.trace.encoded_again:
+                    raise RowError(
+                        REFUSED, "the chat template encodes the arguments of tool calls as JSON a second time"
+                    )
+                self._check_equal(rendered, conversation, marked, messages, prompt)
             except RowError as error:
+                if error.kind != REFUSED:
+                    raise
                 first_error = first_error or error
                 continue
-            if marked.trace.encoded_again:
-                first_error = first_error or RowError(
-                    REFUSED, "it encodes the arguments of tool calls as JSON a second time"
-                )
-                continue
-            self._check_equal(rendered, conversation, marked, messages, prompt)
             _check_unicode(rendered.text)
             return rendered, messages, marked, [note] if note else []
         assert first_error

@@ -65,12 +65,15 @@ class MarkedConversation:
         tools: list[dict[str, Any]] | None,
         variables: dict[str, Any],
         row_variables: dict[str, Any] | None = None,
+        drops_nulls: bool = True,
     ):
+        """`drops_nulls`: whether this version of transformers keeps null fields from templates."""
         self.trace = Trace()
         self.rendered: dict[
             tuple[int, bool], Any
         ] = {}  # what was rendered of it: by the number of messages, and the prompt
-        self.plain = [_with_reasoning_names(message) for message in messages]
+        self.drops_nulls = drops_nulls
+        self.plain = [_with_reasoning_names(message, drops_nulls) for message in messages]
         self.kinds: dict[int, Kind] = {}
         self.shapes = [_shape(message) for message in self.plain]
         self.messages = [_mark_message(self.trace, number, message) for number, message in enumerate(self.plain)]
@@ -82,7 +85,7 @@ class MarkedConversation:
 
     def with_messages(self, messages: list[dict[str, Any]]) -> MarkedConversation:
         """Other messages in the same surroundings."""
-        return MarkedConversation(messages, self.tools, self.variables, self.row_variables)
+        return MarkedConversation(messages, self.tools, self.variables, self.row_variables, self.drops_nulls)
 
     def arguments(self, count: int, generation_prompt: bool) -> dict[str, Any]:
         """What the template is called with, for the first `count` messages."""
@@ -119,9 +122,9 @@ def texts_of(content: Any) -> list[str]:
     return []
 
 
-def _with_reasoning_names(message: dict[str, Any]) -> dict[str, Any]:
-    """The message as transformers hands it to a template: without nulls, reasoning under each of its names."""
-    message = {key: value for key, value in message.items() if value is not None}
+def _with_reasoning_names(message: dict[str, Any], drops_nulls: bool) -> dict[str, Any]:
+    """The message as transformers hands it to a template: reasoning under each of its names, newer versions without nulls."""
+    message = {key: value for key, value in message.items() if value is not None or not drops_nulls}
     if message.keys().isdisjoint(REASONING_FIELDS):
         return message
     from transformers.utils import chat_template_utils
