@@ -85,10 +85,10 @@ class Borders:
         `after`. An empty turn begins at `begin` in it.
         """
         is_last = turn == len(conversation.messages) - 1
-        key = ("end", after, own - turn, is_last or conversation.plain[turn + 1]["role"])
+        key = ("end", after, begin, own - turn, is_last or conversation.plain[turn + 1]["role"])
 
         def find() -> int | str:
-            return self._end(conversation, turn, after, own)
+            return self._end(conversation, turn, after, own, begin)
 
         found = self._cached(key, conversation, turn + 1, find)
         if isinstance(found, str):
@@ -157,7 +157,7 @@ class Borders:
         cut = [control.start() for control in self._controls.finditer(asked) if control.start() < same < control.end()]
         return asked[min([same, *cut]) :]
 
-    def _end(self, conversation: MarkedConversation, turn: int, after: str, own: int) -> int | str:
+    def _end(self, conversation: MarkedConversation, turn: int, after: str, own: int, begin: int) -> int | str:
         cut, owner = self.render(conversation, turn + 1).tail
         if owner != own:
             return "cut behind it, the conversation ends with other content"
@@ -170,7 +170,7 @@ class Borders:
                 if len(controls) == 1
                 else "what ends it cannot be told from what ends the text"
             )
-        if turn and self._asks_for_more(conversation, turn, go_on, cut):
+        if turn and self._asks_for_more(conversation, turn, go_on[begin:], cut[begin:]):
             return "the template asks for another answer behind it even where none is wanted"
         found = self._shared_end(go_on, cut)
         if isinstance(found, str) and self._ends_as_others(conversation, turn, go_on):
