@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import Command, records
-from posttrain import cli
+from posttrain.cli.begin import resolve
 from posttrain.config.compose import compose
 from posttrain.config.schema import TrainerOptions
 from posttrain.errors import InputError
@@ -123,9 +123,9 @@ def test_a_run_of_several_machines_is_evaluated_on_this_one(tmp_path):
     options = ["trainer.nnodes=2", "trainer.rdzv_endpoint=a:1", "trainer.max_restarts=3", "trainer.seed=7"]
     (tmp_path / "config.yaml").write_text(compose(options).as_yaml())
     (tmp_path / "run.json").write_text("{}")
-    trainer = cli._resolve(None, {}, str(tmp_path)).config.trainer
+    trainer = resolve(None, {}, str(tmp_path)).config.trainer
     assert (trainer.nnodes, trainer.rdzv_endpoint, trainer.max_restarts, trainer.seed) == (1, None, 0, 7)
-    assert cli._resolve(["trainer.max_restarts=1"], {}, str(tmp_path)).config.trainer.max_restarts == 1
+    assert resolve(["trainer.max_restarts=1"], {}, str(tmp_path)).config.trainer.max_restarts == 1
 
 
 # real processes
