@@ -242,7 +242,7 @@ def test_rows_that_are_tokens_already_are_counted_and_compared(write, monkeypatc
     def tokens(row, columns):
         return Tokens(np.array(row["ids"], dtype=np.int32), np.array(row["weights"], dtype=np.float32))
 
-    monkeypatch.setattr(chunk, "to_conversation", tokens)
+    monkeypatch.setattr(chunk, "conversation_or_error", tokens)
     rows = [{"ids": [1, 2, 3], "weights": [0, 1, 1]}, {"ids": [4, 5], "weights": [1, 0]}]
     audited = check(write([*rows, rows[0]]), max_length=2, truncation="right")
     assert audited.findings.counts == {"too-long": 2, "unusable": 1, "duplicate": 1}

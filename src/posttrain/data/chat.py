@@ -248,13 +248,13 @@ class ChatTokenizer:
         template = self._borders_for(conversation.tools).template
         given = {"documents": None, **marked.variables, "messages": marked.plain, "tools": conversation.tools}
         try:
-            expected = template.render_plain(**given, add_generation_prompt=prompt)
-            if shapes not in self._compared and not (self._prints_date and self.rules.today != date.today()):
+            if shapes in self._compared or (self._prints_date and self.rules.today != date.today()):
+                expected = template.render_plain(**given, add_generation_prompt=prompt)
+            else:
                 kwargs = {**self._kwargs, **conversation.template_kwargs}
-                theirs = self.tokenizer.apply_chat_template(
+                expected = self.tokenizer.apply_chat_template(
                     messages, tools=conversation.tools, tokenize=False, add_generation_prompt=prompt, **kwargs
                 )
-                expected = theirs if theirs != expected else expected
         except Exception as error:  # what it raises is the template's choice
             raise RowError(REFUSED, f"the chat template says: {error}") from None
         if rendered.text != expected:

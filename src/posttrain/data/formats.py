@@ -82,6 +82,14 @@ def _read_row(row: dict[str, Any], columns: Columns) -> Conversation | Tokens:
     )
 
 
+def conversation_or_error(row: dict[str, Any], columns: Columns) -> Conversation | Tokens | RowError:
+    """As `to_conversation`, with the error in the place of a row that cannot be used."""
+    try:
+        return to_conversation(row, columns)
+    except RowError as error:
+        return error
+
+
 def conversation_of(row: dict[str, Any], columns: Columns) -> Conversation:
     """As `to_conversation`, where only messages will do."""
     conversation = to_conversation(row, columns)

@@ -20,13 +20,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from posttrain.data.chat import ChatTokenizer
 from posttrain.data.encoded import Encoded, kinds_of_notes
-from posttrain.data.formats import Columns, RowError, to_conversation
+from posttrain.data.formats import Columns, RowError, conversation_or_error
 from posttrain.data.sources import Row, Source, read_rows
 from posttrain.data.workers import map_chunks
 from posttrain.errors import InputError
@@ -253,7 +252,7 @@ def _encoder(make_chat: Callable[[], ChatTokenizer], columns: Columns) -> Callab
 
 def _encode_chunk(chat: ChatTokenizer, columns: Columns, rows: Iterable[Row]) -> list[Outcome]:
     rows = list(rows)
-    conversations = [_conversation_or_error(row, columns) for row in rows]
+    conversations = [conversation_or_error(row.values, columns) for row in rows]
     encoded = iter(chat.encode_many([c for c in conversations if not isinstance(c, RowError)], origins=False))
     outcomes = []
     for row, conversation in zip(rows, conversations, strict=True):
@@ -267,15 +266,6 @@ def _outcome(row: Row, result: list[Encoded] | RowError) -> Outcome:
         return Outcome(row.source, row.number, result, {})
     samples = [(e.ids_T, e.weights_T, sum(turn.weight > 0 for turn in e.turns)) for e in result]
     return Outcome(row.source, row.number, samples, kinds_of_notes(result))
-
-
-def _conversation_or_error(row: Row, columns: Columns) -> Any:
-    try:
-        return to_conversation(row.values, columns)
-    except RowError as error:
-        return error
-    except InputError as error:
-        raise InputError(f"{row.place}: {error}") from None
 
 
 def _open(folder: Path, key: str, drop_invalid: bool, names: list[str]) -> TokenizedData:

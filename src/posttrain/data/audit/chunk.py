@@ -15,7 +15,7 @@ from posttrain.data.audit.duplicates import NO_HASH, compared_text, question_has
 from posttrain.data.audit.rows import check_conversation
 from posttrain.data.chat import ChatTokenizer
 from posttrain.data.encoded import Encoded, Part, kinds_of_notes
-from posttrain.data.formats import Columns, RowError, to_conversation
+from posttrain.data.formats import Columns, RowError, conversation_or_error
 from posttrain.data.sources import Row
 from posttrain.records import Conversation, Tokens
 
@@ -64,7 +64,7 @@ class Checked:
 
 def compare_only(columns: Columns, rows: tuple[Row, ...]) -> Checked:
     """Hashes and signatures alone."""
-    return _compared(rows, [_record(row, columns) for row in rows])
+    return _compared(rows, [conversation_or_error(row.values, columns) for row in rows])
 
 
 class ChunkChecker:
@@ -75,7 +75,7 @@ class ChunkChecker:
         self.chat = checks.make_chat() if checks.make_chat else None
 
     def __call__(self, rows: tuple[Row, ...]) -> Checked:
-        records = [_record(row, self.checks.columns) for row in rows]
+        records = [conversation_or_error(row.values, self.checks.columns) for row in rows]
         checked = _compared(rows, records)
         for number, record in enumerate(records):
             if isinstance(record, RowError):
@@ -107,13 +107,6 @@ class ChunkChecker:
                 yield number, record, [record]
             else:
                 yield number, record, samples  # type: ignore[misc]
-
-
-def _record(row: Row, columns: Columns) -> Record:
-    try:
-        return to_conversation(row.values, columns)
-    except RowError as error:
-        return error
 
 
 def _compared(rows: tuple[Row, ...], records: list[Record]) -> Checked:

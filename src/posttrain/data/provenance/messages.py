@@ -48,12 +48,13 @@ class Questions:
     def kind(self, conversation: MarkedConversation, number: int) -> Kind:
         """The message's shape and its answers. Messages of one kind lead a template along the same way."""
         shape = conversation.shapes[number]
-        questions = self._of_shape.get(shape, {})
-        known = conversation.kinds.get(number)
-        if known is None or len(known) != len(questions) + 1:
+        questions = self._of_shape.setdefault(shape, {})
+        asked, kind = conversation.kinds.get(number, (None, ()))
+        if asked is not questions or len(kind) != len(questions) + 1:
             message = conversation.plain[number]
-            known = conversation.kinds[number] = (shape, *(answer(message, question) for question in questions))
-        return known
+            kind = (shape, *(answer(message, question) for question in questions))
+            conversation.kinds[number] = (questions, kind)
+        return kind
 
 
 class MarkedConversation:
@@ -69,12 +70,11 @@ class MarkedConversation:
     ):
         """`drops_nulls`: whether this version of transformers keeps null fields from templates."""
         self.trace = Trace()
-        self.rendered: dict[
-            tuple[int, bool], Any
-        ] = {}  # what was rendered of it: by the number of messages, and the prompt
+        # what was rendered of it, by the number of messages and whether with a prompt
+        self.rendered: dict[tuple[int, bool], Any] = {}
         self.drops_nulls = drops_nulls
         self.plain = [_with_reasoning_names(message, drops_nulls) for message in messages]
-        self.kinds: dict[int, Kind] = {}
+        self.kinds: dict[int, tuple[Any, Kind]] = {}  # with the questions that they answer
         self.shapes = [_shape(message) for message in self.plain]
         self.messages = [_mark_message(self.trace, number, message) for number, message in enumerate(self.plain)]
         self.tools, self.row_variables = tools, row_variables or {}

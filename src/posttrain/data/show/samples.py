@@ -15,11 +15,10 @@ import numpy as np
 
 from posttrain.data.chat import ChatTokenizer
 from posttrain.data.encoded import NO_MESSAGE, Encoded, Part
-from posttrain.data.formats import Columns, RowError, to_conversation
+from posttrain.data.formats import Columns, RowError, conversation_or_error
 from posttrain.data.show.blocks import owners
 from posttrain.data.show.reasons import reasons_of
 from posttrain.data.sources import Row
-from posttrain.errors import InputError
 from posttrain.records import Conversation
 
 ROWS_AT_ONCE = 64
@@ -176,7 +175,7 @@ def shown_rows(
     """For each row its samples, or why it gives none."""
     rows = iter(rows)
     while some := list(islice(rows, ROWS_AT_ONCE)):
-        conversations = [_conversation(row, columns) for row in some]
+        conversations = [conversation_or_error(row.values, columns) for row in some]
         encoded = iter(chat.encode_many([c for c in conversations if not isinstance(c, RowError)]))
         for row, conversation in zip(some, conversations, strict=True):
             samples = conversation if isinstance(conversation, RowError) else next(encoded)
@@ -218,12 +217,3 @@ def shown_sample(
 
 def _controls(tokenizer: Any) -> list[int]:
     return [i for i, token in tokenizer.added_tokens_decoder.items() if not str(token).isspace()]
-
-
-def _conversation(row: Row, columns: Columns) -> Any:
-    try:
-        return to_conversation(row.values, columns)
-    except RowError as error:
-        return error
-    except InputError as error:
-        raise InputError(f"{row.place}: {error}") from None
