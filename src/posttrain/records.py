@@ -33,6 +33,7 @@ class Conversation:
     weights: tuple[float | None, ...] | None = None
     ground_truth: str | None = None
     data_source: str | None = None
+    extra_info: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,11 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Segment:
-    """Part of a completion: what the model wrote (trained) or what a tool answered (not)."""
+    """Part of a completion: what the model wrote (trained) or what a tool answered (not).
+
+    `logprobs_T` is the log-probability of each token as it was drawn, under softmax(logits / temperature) over the whole
+    vocabulary, whatever top_p and top_k left out; at temperature 0 that of temperature 1.
+    """
 
     ids_T: np.ndarray  # int32
     logprobs_T: np.ndarray | None = None  # float32
@@ -95,6 +100,9 @@ class Segment:
 class Completion:
     """An answer as the model gave it: ids, never re-tokenized, and the text they decode to.
 
+    Where a template rewrites history between turns, one answer is several: the `earlier` ones, each with the prompt that it
+    was given for, and this last one, whose text is judged.
+
     >>> Completion(prompt_ids_T=np.array([1, 2]), segments=[Segment(np.array([3]))], text="7", stopped=True)
     """
 
@@ -102,6 +110,7 @@ class Completion:
     segments: list[Segment] = field(default_factory=list)
     text: str = ""
     stopped: bool = True  # False: cut at the length limit
+    earlier: tuple[Completion, ...] = ()
 
     @property
     def num_tokens(self) -> int:

@@ -98,8 +98,9 @@ def _of_optim(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def _of_validation(config: Config) -> Iterator[tuple[str, str]]:
-    if config.rollout.temperature == 0:
-        yield "rollout.top_p", "at rollout.temperature=0 the likeliest token is always taken"
+    if not config.rollout.temperature and not config.rollout.val_temperature:
+        for option in ("top_p", "top_k"):
+            yield f"rollout.{option}", "at rollout.temperature=0 the likeliest token is always taken"
     if not config.data.val_files:
         watching = ("test_freq", "val_before_train", "num_val_generations", "best_metric", "early_stopping_patience")
         for option in watching:

@@ -186,6 +186,8 @@ class DataOptions(Section):
     control_strings: Literal["text", "allow"] = "text"
     """What becomes of a control string, such as <|im_end|>, that a user, a system prompt or a tool merely wrote: ordinary text,
     or (allow) a control token as everywhere else."""
+    max_prompt_length: PositiveInt | None = None
+    """Longest prompt of reinforcement learning in tokens; what happens to longer ones is `data.truncation`. Not given: any."""
     max_length: PositiveInt = 4096
     """Longest sample in tokens. What happens to longer ones is `data.truncation`; how many there were is always printed."""
     truncation: Literal["error", "drop", "left", "right"] = "error"
@@ -265,16 +267,26 @@ class OptimOptions(Section):
 
 
 class RolloutOptions(Section):
-    """How answers are generated in evaluation."""
+    """How answers are generated: those that reinforcement learning learns from, and those of evaluation."""
 
+    n: PositiveInt | None = None
+    """Answers to each prompt: in GRPO the group that they are compared in (8 if not given), in `evaluate` how many are judged
+    (1 if not given)."""
     max_new_tokens: PositiveInt = 512
     """Longest answer in tokens; longer ones are cut and counted."""
-    temperature: NonNegativeFloat = 0.0
-    """0 takes the likeliest token each time; above that, tokens are drawn."""
+    temperature: NonNegativeFloat | None = None
+    """Above 0 tokens are drawn from the model's probabilities, sharpened below 1; 0 takes the likeliest each time. Not given: 1 in
+    GRPO, 0 in `evaluate` and `generate`."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Draw only among the likeliest tokens that make up this share of the probability; no effect at temperature 0."""
+    """Draw only among the likeliest tokens that make up this share of the probability."""
+    top_k: NonNegativeInt = 0
+    """Draw only among so many of the likeliest tokens; 0 draws among all."""
+    val_n: PositiveInt = 1
+    """Answers to each validation problem: pass@1 is their mean, pass@k the chance that one of k is right."""
+    val_temperature: NonNegativeFloat = 0.0
+    """`rollout.temperature` of validation during training."""
     batch_size: PositiveInt = 64
-    """Prompts answered at the same time on one device."""
+    """Answers written at the same time on one device."""
 
 
 class RewardOptions(Section):

@@ -16,7 +16,7 @@ from posttrain.distributed.world import World
 from posttrain.records import Completion, Conversation
 from posttrain.rewards.gsm8k import build_reward, final_answer
 from posttrain.rewards.verdict import Verdict
-from posttrain.rollout.transformers import TransformersRollout
+from posttrain.rollout.rollout import Request, Rollout, Sampling
 
 
 @dataclass(frozen=True)
@@ -74,18 +74,27 @@ def read_problems(
 
 
 def answer_all(
-    rollout: TransformersRollout,
-    problems: Sequence[Problem],
+    rollout: Rollout,
+    requests: Sequence[Request],
+    sampling: Sampling,
     world: World,
     advance: Callable[[int], None] = lambda done: None,
 ) -> list[Completion]:
-    """A completion for each problem, on every process; each process answers its share."""
-    prompts = [problem.prompt_ids_T for problem in problems]
-    own = world.everyone(lambda: rollout.generate(prompts[world.rank :: world.size], advance))
-    completions: list[Completion | None] = [None] * len(prompts)
+    """A completion for each request, on every process; each process answers its share."""
+    own = world.everyone(lambda: rollout.generate(requests[world.rank :: world.size], sampling, advance))
+    completions: list[Completion | None] = [None] * len(requests)
     for rank, part in enumerate(world.gather(own)):
         completions[rank :: world.size] = part
     return [completion for completion in completions if completion is not None]
+
+
+def requests_for(problems: Sequence[Problem], answers: int, max_new_tokens: int, *key: int) -> list[Request]:
+    """So many answers to each problem, next to each other; their noise is a function of `key`, problem and number."""
+    return [
+        Request(problem.prompt_ids_T, (*key, number, answer), max_new_tokens)
+        for number, problem in enumerate(problems)
+        for answer in range(answers)
+    ]
 
 
 def judge_all(problems: Sequence[Problem], completions: Sequence[Completion], reward_name: str) -> list[Answer]:

@@ -14,12 +14,13 @@ from posttrain.distributed.device import choose_device
 from posttrain.distributed.watchdog import watching
 from posttrain.distributed.world import World, join_world
 from posttrain.errors import InputError
-from posttrain.loops.answering import Answer, Problem, answer_all, judge_all, read_problems
+from posttrain.loops.answering import Answer, Problem, answer_all, judge_all, read_problems, requests_for
 from posttrain.loops.training_data import chat_maker
 from posttrain.models.load import find_model, load_model
 from posttrain.rewards.accuracy import Accuracy
 from posttrain.rewards.gsm8k import build_reward
 from posttrain.rewards.verdict import Verdict
+from posttrain.rollout.rollout import Sampling
 from posttrain.rollout.transformers import TransformersRollout
 from posttrain.run.progress import Display
 
@@ -67,10 +68,13 @@ def _answers(
             display.say(line)
         if judged:
             _check_judged(problems, files, config.reward.name)
-        rollout = TransformersRollout(_model(config, world), chat.tokenizer, config.rollout, seed=config.trainer.seed)
+        options = config.rollout
+        rollout = TransformersRollout(_model(config, world), chat.tokenizer, options.batch_size)
+        requests = requests_for(problems, 1, options.max_new_tokens, config.trainer.seed)
+        sampling = Sampling(options.temperature or 0.0, options.top_p, options.top_k)
         watchdog.beat("answering", patient=True)
         display.begin_work("answering", -(-len(problems) // world.size))
-        completions = answer_all(rollout, problems, world, display.advance)
+        completions = answer_all(rollout, requests, sampling, world, display.advance)
         display.end_work()
         return judge_all(problems, completions, config.reward.name), world.is_main
 

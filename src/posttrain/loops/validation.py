@@ -9,9 +9,10 @@ from posttrain.data.formats import Columns
 from posttrain.data.sources import read_rows
 from posttrain.engine.engine import Engine
 from posttrain.engine.export import assemble
-from posttrain.loops.answering import answer_all, judge_all, read_problems
+from posttrain.loops.answering import answer_all, judge_all, read_problems, requests_for
 from posttrain.loops.training_data import TrainingData
 from posttrain.rewards.accuracy import Accuracy
+from posttrain.rollout.rollout import Sampling
 from posttrain.rollout.transformers import TransformersRollout
 
 
@@ -50,6 +51,9 @@ def _accuracy(engine: Engine, data: TrainingData, config: Config) -> Accuracy:
     )
     dtype = world.device.compute_dtype(config.model.dtype)
     model = assemble(engine, dtype, world.device.torch_device)
-    rollout = TransformersRollout(model, data.chat.tokenizer, config.rollout, data.end_ids, config.trainer.seed)
-    completions = answer_all(rollout, problems, world, lambda done: world.watchdog.alive())
+    options = config.rollout
+    rollout = TransformersRollout(model, data.chat.tokenizer, options.batch_size, data.end_ids)
+    requests = requests_for(problems, 1, options.max_new_tokens, config.trainer.seed)
+    sampling = Sampling(options.val_temperature, options.top_p, options.top_k)
+    completions = answer_all(rollout, requests, sampling, world, lambda done: world.watchdog.alive())
     return Accuracy.of([answer.verdict for answer in judge_all(problems, completions, config.reward.name)])
