@@ -41,7 +41,7 @@ def trained(world: World, seed: int = 0, steps: int = 2) -> Engine:
 
 
 def progress(step: int) -> Progress:
-    return Progress(step, best=None, best_step=None, stale_validations=0, data="", model="")
+    return Progress(step, best=None, best_step=None, stale_validations=0, data="", model="", updates=step)
 
 
 def whole(engine: Engine) -> dict[str, torch.Tensor]:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from posttrain.losses.loss import Scored
 from posttrain.losses.sft import sft_loss
 from posttrain.losses.vocabulary import Head, token_logprobs
 
@@ -39,10 +40,10 @@ def test_chunked_logprobs_and_gradients_equal_plain_logits(known, bias, scale, s
     )  # several chunks, the last one short
 
     expected = plain_logprobs(hidden, head, labels)
-    expected_gradients = torch.autograd.grad(sft_loss.value(expected, weights, total), inputs)
+    expected_gradients = torch.autograd.grad(sft_loss.value(Scored(expected, weights, total)), inputs)
     slope = sft_loss.slope(weights, total) if known else None
     found = token_logprobs(hidden, head, labels, slope)
-    found_gradients = torch.autograd.grad(sft_loss.value(found, weights, total), inputs)
+    found_gradients = torch.autograd.grad(sft_loss.value(Scored(found, weights, total)), inputs)
 
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     for one, other in zip(found_gradients, expected_gradients, strict=True):
@@ -52,13 +53,15 @@ def test_chunked_logprobs_and_gradients_equal_plain_logits(known, bias, scale, s
 def test_sft_slope_is_the_derivative_of_its_value():
     logprobs = torch.randn(T, requires_grad=True)
     weights, total = torch.rand(T), torch.tensor(11.0)
-    (derivative,) = torch.autograd.grad(sft_loss.value(logprobs, weights, total), logprobs)
+    (derivative,) = torch.autograd.grad(sft_loss.value(Scored(logprobs, weights, total)), logprobs)
     torch.testing.assert_close(derivative, sft_loss.slope(weights, total))
 
 
 def test_sft_loss_by_hand():
     logprobs = torch.tensor([-1.0, -2.0, -4.0])
-    assert float(sft_loss.value(logprobs, torch.tensor([1.0, 0.0, 0.5]), torch.tensor(2.0))) == pytest.approx(1.5)
+    assert float(sft_loss.value(Scored(logprobs, torch.tensor([1.0, 0.0, 0.5]), torch.tensor(2.0)))) == pytest.approx(
+        1.5
+    )
 
 
 def test_without_gradients_nothing_is_kept_for_the_backward_pass():

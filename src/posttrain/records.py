@@ -51,12 +51,16 @@ class Tokens:
 class Sample:
     """One tokenized row. `weights_T[t]` says how much token t counts as a target: 0 is untrained, 1 is trained.
 
+    `signals` are what a loss wants to know of each token besides (float32, T): in reinforcement learning `advantages`,
+    `old_logprobs`, `rollout_logprobs`, `reference_logprobs`.
+
     >>> Sample(row=0, ids_T=np.array([5, 6, 7]), weights_T=np.array([0, 1, 1]))
     """
 
     row: int
     ids_T: np.ndarray  # int32
     weights_T: np.ndarray  # float32
+    signals: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.ids_T)
@@ -66,7 +70,7 @@ class Sample:
 class MicroBatch:
     """Documents packed into one row for one forward pass. Labels are already shifted, inside each document only.
 
-    `weights_T[t]` belongs to `labels_T[t]`, the token after t; the last token of a document has weight 0.
+    `weights_T[t]` and each of `signals` belong to `labels_T[t]`, the token after t; the last token of a document has weight 0.
     A micro-batch without documents holds one token of weight 0: a rank without rows still joins every collective.
     """
 
@@ -76,6 +80,7 @@ class MicroBatch:
     positions_T: np.ndarray  # int64, from 0 in each document
     lengths_N: tuple[int, ...]  # tokens of each document, in order
     rows_N: tuple[int, ...]  # where each document came from; empty for a filler
+    signals: dict[str, np.ndarray] = field(default_factory=dict)  # float32, T each; none in a filler
 
     @property
     def num_tokens(self) -> int:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from posttrain.config.compose import Resolved
 
 app = typer.Typer(
-    help="Teach language models after pretraining: fine-tune, evaluate, look at the data.",
+    help="Teach language models after pretraining: fine-tune, reinforce, evaluate, look at the data.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -80,6 +80,44 @@ def sft(
     found = evaluate_loss(resolved.config)
     if is_main():
         print_json(found) if as_json else print(*(f"{name}={value:.6g}" for name, value in found.items()))
+
+
+@app.command(context_settings={"help_option_names": []})
+def grpo(
+    context: typer.Context,
+    options: Overrides = None,
+    model: Model = None,
+    data_path: Annotated[str | None, typer.Option("--data_path", help="Short for data.train_files=.")] = None,
+    output_dir: Annotated[
+        str | None, typer.Option("--output_dir", help="Short for trainer.default_local_dir=.")
+    ] = None,
+    print_config: Annotated[bool, typer.Option("--print_config", help="Print the resolved options and stop.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable output.")] = False,
+    dump_gradients: Annotated[
+        str | None, typer.Option("--dump_gradients", help="Write the first update's gradients there and stop.")
+    ] = None,
+    completions: Annotated[
+        str | None, typer.Option("--completions", help="Learn from the answers in this file (JSON lines).")
+    ] = None,
+    help_: Annotated[bool, typer.Option("--help", is_eager=True, help="Show this and every option.")] = False,
+) -> None:
+    """Let a model learn from its own answers and their rewards (GRPO, reinforcement learning)."""
+    if help_:
+        _print_help(context)
+        return
+    given = {"model.path": model, "data.train_files": data_path, "trainer.default_local_dir": output_dir}
+    resolved = resolve(options, given, None, method="grpo")
+    if print_config:
+        _print_config(resolved, as_json)
+        return
+    check_needed(resolved, needs_val=False)
+    if hand_to_processes(resolved):
+        return
+    say_ignored(resolved)
+    from posttrain.loops.grpo import grpo as run
+
+    resolved = dated(resolved)
+    run(resolved.config, resolved.as_yaml(), dump_gradients, completions)
 
 
 @app.command()

@@ -24,13 +24,23 @@ Model = Annotated[
 ]
 
 
+# of a run's saved options, those that say where and how it trained, not what it made
+OF_TRAINING = (
+    "trainer.nnodes", "trainer.rdzv_endpoint", "trainer.max_restarts", "rollout.n", "rollout.temperature", "rollout.top_p",
+    "rollout.top_k",
+)  # fmt: skip
+
+
 def is_main() -> bool:
     """Whether this process speaks for all: of workers the first, of Slurm's tasks the first."""
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
-def resolve(options: list[str] | None, given: dict[str, str | None], model: str | None) -> Resolved:
-    """The options in force: those of the run that `model` lies in, then the command line's, then the flags'."""
+def resolve(
+    options: list[str] | None, given: dict[str, str | None], model: str | None, method: str | None = None
+) -> Resolved:
+    """The options in force: those of the recipe `method`, of the run that `model` lies in, then the command line's, then the
+    flags'."""
     from posttrain.config.compose import compose
     from posttrain.run.folder import find_run
 
@@ -40,8 +50,8 @@ def resolve(options: list[str] | None, given: dict[str, str | None], model: str 
     if run:  # its export holds weights, tokenizer and template, whatever it began from
         flags += ["~model.random_weights", "~model.override_config", "~model.tokenizer_path", "~model.revision"]
         flags += ["~data.chat_template", "~model.lora_rank", "~model.lora_adapter_path"]
-    here = ["~trainer.nnodes", "~trainer.rdzv_endpoint", "~trainer.max_restarts"] if run else []  # not where it trained
-    return compose([*saved, *here, *(options or []), *flags])
+    here = [f"~{option}" for option in OF_TRAINING] if run else []
+    return compose([*saved, *here, *(options or []), *flags], method)
 
 
 def dated(resolved: Resolved) -> Resolved:

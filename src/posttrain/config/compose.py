@@ -63,9 +63,12 @@ class Resolved:
         return describe_resolved(self)
 
 
-def compose(arguments: list[str]) -> Resolved:
-    """The options that the arguments ask for. Raises InputError with every problem that there is."""
-    draft = _Draft()
+def compose(arguments: list[str], method: str | None = None) -> Resolved:
+    """The options that the arguments ask for, over the recipe of the `method` that a command stands for. Raises InputError with
+    every problem that there is."""
+    draft = _Draft(learns=method == "grpo")
+    if method is not None:
+        draft.put_recipe(packaged_recipe("method", method))
     files: list[Recipe] = []
     choices: list[Override] = []
     overrides: list[Override] = []
@@ -104,6 +107,7 @@ def _chosen(files: list[Recipe], choices: list[Override]) -> dict[str, list[str]
 class _Draft:
     """Values by dotted key as they come in, those inside free mappings too, and what is wrong with them."""
 
+    learns: bool = False  # from its own answers
     values: dict[str, Any] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=lambda: dict.fromkeys(options(), DEFAULT))
     problems: list[str] = field(default_factory=list)
@@ -158,7 +162,7 @@ class _Draft:
             self.problems += _wrong_values(error, self.origins)
         if self.problems:
             raise InputError("\n".join(self.problems))
-        return Resolved(config, self.origins, options_without_effect(config, self.origins), self.translated)
+        return Resolved(config, self.origins, options_without_effect(config, self.origins, self.learns), self.translated)
 
     def _our_name(self, key: str) -> str:
         if key in TRANSLATED:

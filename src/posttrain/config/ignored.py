@@ -8,27 +8,57 @@ from pathlib import Path
 
 from posttrain.config.arguments import COMMAND_LINE, DEFAULT
 from posttrain.config.describe import default_of
-from posttrain.config.schema import Config, DataOptions, TrainerOptions
+from posttrain.config.schema import AlgorithmOptions, Config, DataOptions, TrainerOptions
 
 
-def options_without_effect(config: Config, origins: dict[str, str]) -> list[dict[str, str]]:
-    """{key, reason} of each. A default written out in a file, as in a run's own config.yaml, is nobody's choice."""
+def options_without_effect(config: Config, origins: dict[str, str], learns: bool = False) -> list[dict[str, str]]:
+    """{key, reason} of each; `learns` says that the run learns from its own answers. A default written out in a file, as in a
+    run's own config.yaml, is nobody's choice."""
 
     def was_chosen(key: str) -> bool:
         section, option = key.split(".")
         differs = getattr(getattr(config, section), option) != default_of(key)
         return origins[key] == COMMAND_LINE or (origins[key] != DEFAULT and differs)
 
-    return [{"key": key, "reason": reason} for key, reason in _without_effect(config) if was_chosen(key)]
+    return [{"key": key, "reason": reason} for key, reason in _without_effect(config, learns) if was_chosen(key)]
 
 
-def _without_effect(config: Config) -> Iterator[tuple[str, str]]:
+def _without_effect(config: Config, learns: bool) -> Iterator[tuple[str, str]]:
+    yield from _of_answers(config) if learns else _of_imitation()
     yield from _of_model_and_data(config)
     yield from _of_adapters(config)
     yield from _of_layout(config)
     yield from _of_optim(config)
     yield from _of_validation(config)
     yield from _of_trainer(config)
+
+
+def _of_imitation() -> Iterator[tuple[str, str]]:
+    reason = "it is for learning from one's own answers: `posttrain grpo`"
+    for option in AlgorithmOptions.model_fields:
+        yield f"algorithm.{option}", reason
+    yield "data.max_prompt_length", reason
+    yield "engine.reference_offload", reason
+    yield "trainer.sample_freq", reason
+
+
+def _of_answers(config: Config) -> Iterator[tuple[str, str]]:
+    algorithm = config.algorithm
+    for option in ("train_on", "train_roles", "train_reasoning", "expand_turns", "max_length"):
+        yield f"data.{option}", "prompts alone are read from the rows; what is trained is what the model answers"
+    if not algorithm.kl_coef:
+        for name in ("algorithm.kl_type", "algorithm.kl_in", "engine.reference_offload"):
+            yield name, "algorithm.kl_coef is 0, so that there is no reference"
+    elif config.model.lora_rank or config.model.lora_adapter_path:
+        yield "engine.reference_offload", "the reference is the model without its adapters"
+    if not algorithm.overlong_buffer_tokens:
+        yield "algorithm.overlong_penalty", "algorithm.overlong_buffer_tokens is 0"
+    if not algorithm.filter_groups:
+        yield "algorithm.max_num_gen_batches", "algorithm.filter_groups is false"
+    if algorithm.policy_loss == "cispo":
+        yield "algorithm.dual_clip", "algorithm.policy_loss=cispo has none"
+    if config.data.max_prompt_length is None:
+        yield "data.truncation", "data.max_prompt_length is not given, so that no prompt is too long"
 
 
 def _of_layout(config: Config) -> Iterator[tuple[str, str]]:

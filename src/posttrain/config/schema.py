@@ -229,6 +229,8 @@ class EngineOptions(Section):
     param_offload: bool = False
     """Keep weights and gradients in CPU memory, and bring each block to the device when it computes: slower, for models
     that do not fit."""
+    reference_offload: bool = False
+    """Keep the weights of the reference policy in CPU memory, and bring each block to the device when it computes."""
     optimizer_offload: bool = False
     """Keep the optimizer's averages in CPU memory, and bring each tensor's to the device when it moves: 8 bytes a weight
     less on the device."""
@@ -296,6 +298,55 @@ class RewardOptions(Section):
     """gsm8k_strict: the number after `####` must be the right one. gsm8k_flexible: the last number of the answer must be."""
 
 
+class AlgorithmOptions(Section):
+    """How reinforcement learning turns rewards into a gradient. docs/grpo.md has the formulas."""
+
+    adv_estimator: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
+    """What a reward is compared with. grpo: (reward - mean of its group) / (std + 1e-6) (Shao et al. 2024); dr_grpo: without the
+    std (Liu et al. 2025); rloo: minus the mean of the others (Ahmadian et al. 2024)."""
+    policy_loss: Literal["clip", "gspo", "cispo"] = "clip"
+    """clip: each token's ratio to the old policy, clipped (Schulman et al. 2017); gspo: one ratio an answer (Zheng et al. 2025);
+    cispo: the clipped ratio as a constant weight (MiniMax 2025)."""
+    clip_ratio_low: NonNegativeFloat = 0.2
+    """Ratios below 1 minus this are clipped; gspo wants about 3e-4."""
+    clip_ratio_high: NonNegativeFloat = 0.2
+    """Ratios above 1 plus this are clipped; 0.28 lets rare tokens grow (DAPO, Yu et al. 2025), gspo wants about 4e-4."""
+    dual_clip: Annotated[float, Field(gt=1.0)] | None = None
+    """With a bad answer the objective of a token is at least this times its advantage (Ye et al. 2020), often 3. Not given: off."""
+    loss_agg_mode: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant-length"] = "token-mean"
+    """How tokens' losses become one: each token alike (DAPO), each answer alike (seq-mean-token-mean, the first GRPO), sums over
+    answers, or sums by `rollout.max_new_tokens` (Dr. GRPO)."""
+    kl_coef: NonNegativeFloat = 0.0
+    """Weight of the divergence from the reference: the model that the run began with, or the one without adapters. 0 needs no
+    reference."""
+    kl_type: Literal["k1", "k2", "k3", "abs"] = "k3"
+    """Estimate of that divergence from the tokens drawn (Schulman 2020); k3 is GRPO's."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """Where it counts: each token's in the loss, or an answer's sum taken off its reward."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy that the loss rewards."""
+    filter_groups: bool = False
+    """Leave out groups whose answers all have the same reward: nothing can be learnt from them (dynamic sampling, DAPO)."""
+    max_num_gen_batches: PositiveInt = 1
+    """With `algorithm.filter_groups`, how often further prompts may be asked in a step until `data.train_batch_size` groups are
+    left; 1 makes do with those that are."""
+    overlong_buffer_tokens: NonNegativeInt = 0
+    """In the last so many tokens before `rollout.max_new_tokens` the reward falls, in a straight line, by up to
+    `algorithm.overlong_penalty` (over-long shaping, DAPO); 0: off."""
+    overlong_penalty: PositiveFloat = 1.0
+    """What an answer of the greatest length loses."""
+    mask_truncated: bool = False
+    """Learn nothing from answers that were cut at the limit (over-long filtering, DAPO); their rewards still count in the
+    group."""
+    ppo_mini_batch_size: PositiveInt | None = None
+    """Prompts of one update of the weights. Not given: all of a step, so that the policy is always the one that answered."""
+    ppo_epochs: PositiveInt = 1
+    """Passes over the answers of a step."""
+    rollout_is_cap: PositiveFloat | None = 2.0
+    """Weigh each token by trainer's probability / rollout engine's, at most this (truncated importance sampling, Yao et al. 2025);
+    null: off. The gap is measured in any case."""
+
+
 class TrainerOptions(Section):
     """How long, where, and what is kept."""
 
@@ -332,6 +383,9 @@ class TrainerOptions(Section):
     resume_mode: Literal["auto", "disable"] = "auto"
     """auto: go on from the newest checkpoint in the run folder, if there is one. disable: refuse to write into a run
     folder that holds checkpoints."""
+    sample_freq: Frequency = 10
+    """Show answers with their rewards, and write all of the step to samples/step-<N>.jsonl, every so many steps (10) or epochs
+    (1ep) of reinforcement learning and at its end; -1 only at the end."""
     log_freq: PositiveInt = 1
     """Write training metrics every so many steps; counts and sums still cover all of them."""
     max_skipped_steps: PositiveInt = 5
@@ -367,5 +421,6 @@ class Config(Section):
     engine: EngineOptions = EngineOptions()
     optim: OptimOptions = OptimOptions()
     trainer: TrainerOptions = TrainerOptions()
+    algorithm: AlgorithmOptions = AlgorithmOptions()
     rollout: RolloutOptions = RolloutOptions()
     reward: RewardOptions = RewardOptions()

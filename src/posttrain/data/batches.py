@@ -89,15 +89,19 @@ def pack(samples: Sequence[Sample]) -> MicroBatch:
     if not samples:
         one = np.zeros(1, dtype=np.int64)
         return MicroBatch(one, np.full(1, IGNORED_LABEL), np.zeros(1, dtype=np.float32), one, (1,), ())
-    weights = [np.append(s.weights_T[1:], np.float32(0)) for s in samples]
+
+    def shifted(values: list[np.ndarray]) -> np.ndarray:
+        return np.concatenate([np.append(value[1:], np.float32(0)) for value in values]).astype(np.float32)
+
     labels = [np.append(s.ids_T[1:].astype(np.int64), IGNORED_LABEL) for s in samples]
     return MicroBatch(
         ids_T=np.concatenate([s.ids_T for s in samples]).astype(np.int64),
         labels_T=np.concatenate(labels),
-        weights_T=np.concatenate(weights).astype(np.float32),
+        weights_T=shifted([s.weights_T for s in samples]),
         positions_T=np.concatenate([np.arange(len(s)) for s in samples]),
         lengths_N=tuple(len(s) for s in samples),
         rows_N=tuple(s.row for s in samples),
+        signals={name: shifted([s.signals[name] for s in samples]) for name in samples[0].signals},
     )
 
 

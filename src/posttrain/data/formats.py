@@ -27,7 +27,8 @@ from posttrain.records import Conversation, Tokens
 AUTO, TOKENS = "auto", "tokens"
 SYSTEM_ROLES = ("system", "developer")
 QUESTION_PAIRS = (("question", "answer"), ("query", "response"), ("problem", "solution"))
-# columns by which a form is recognised where none is named, in this order
+# columns by which a form is recognised where none is named, in this order; pairs of a prompt and an answer come last
+PAIRS_BEGIN = 3
 RECOGNISED = (
     ("messages", ("messages",)),
     ("sharegpt", ("conversations",)),
@@ -49,11 +50,18 @@ class Columns:
     format: str = AUTO
     tools: str | None = None
     system_prompt: str | None = None
+    answers_needed: bool = True  # False: a row may be a prompt alone, to be answered
 
     @classmethod
-    def of(cls, data: DataOptions) -> Columns:
+    def of(cls, data: DataOptions, answers_needed: bool = True) -> Columns:
         return cls(
-            data.messages_key, data.prompt_key, data.response_key, data.format, data.tools_key, data.system_prompt
+            data.messages_key,
+            data.prompt_key,
+            data.response_key,
+            data.format,
+            data.tools_key,
+            data.system_prompt,
+            answers_needed,
         )
 
 
@@ -109,6 +117,8 @@ def _recognised(row: dict[str, Any], columns: Columns) -> str:
     if columns.prompt or columns.response:
         return "prompt_response"
     form = next((form for form, keys in RECOGNISED if all(key in row for key in keys)), None)
+    if form is None and not columns.answers_needed:
+        form = next((form for form, keys in RECOGNISED[PAIRS_BEGIN:] if keys[0] in row), None)
     if is_tokenized(row):
         if form:
             raise RowError(
@@ -138,13 +148,18 @@ def _read_pair(row: dict[str, Any], columns: Columns) -> tuple[Messages, Weights
     there = [key for key in ("response", "completion") if row.get(key) is not None]
     if columns.response is None and len(there) > 1:
         raise RowError("ambiguous form", "there are `response` and `completion`; choose one with data.response_key")
+    if not columns.answers_needed and columns.response is None and not there:
+        return _side(prompt, "user", "prompt", "no prompt")
     return _joined(prompt, _value(row, columns.response, "data.response_key", (there or ["response"])[0]))
 
 
 def _read_question(row: dict[str, Any], columns: Columns) -> tuple[Messages, Weights]:
     there = (pair for pair in QUESTION_PAIRS if all(key in row for key in pair))
-    question, answer = next(there, QUESTION_PAIRS[0])
+    asked = (pair for pair in QUESTION_PAIRS if pair[0] in row and not columns.answers_needed)
+    question, answer = next(there, next(asked, QUESTION_PAIRS[0]))
     prompt = _value(row, columns.prompt, "data.prompt_key", question)
+    if not columns.answers_needed and columns.response is None and answer not in row:
+        return _side(prompt, "user", "prompt", "no prompt")
     return _joined(prompt, _value(row, columns.response, "data.response_key", answer))
 
 

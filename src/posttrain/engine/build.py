@@ -32,6 +32,7 @@ def build_engine(
     *,
     packing: bool,
     seed: int,
+    temperature: float = 1.0,
 ) -> Engine:
     """The engine of a run of `num_steps` steps, which computes in `dtype`. Every process must call this."""
     check_layout(model, layout, packing)
@@ -41,7 +42,7 @@ def build_engine(
     adapter_config = add_adapters(lm, model, dtype) if wanted else None
     weights = AdapterWeights(base, model, seed) if wanted else base
     policy = prepare(
-        Policy(lm, packing),
+        Policy(lm, packing, temperature),
         world,
         dtype,
         layout,
@@ -56,6 +57,20 @@ def build_engine(
     engine = Engine(policy, world, partial(make_optimizer, optim, layout, num_steps), seed, adapters)
     check_engine(engine, dtype)
     return engine
+
+
+def build_reference(engine: Engine, model: ModelOptions, layout: EngineOptions, dtype: torch.dtype) -> Engine:
+    """The policy that a run began with, which stays as it was: the engine's own without adapters, or else a frozen copy, sharded
+    likewise and with engine.reference_offload kept in CPU memory. Every process must call this."""
+    if engine.adapters:
+        return engine
+    frozen = layout.model_copy(update={"param_offload": layout.reference_offload})
+    copy = build_engine(
+        model, frozen, OptimOptions(), 1, engine.world, dtype,
+        packing=engine.policy.packing, seed=engine.seed, temperature=engine.policy.temperature,
+    )  # fmt: skip
+    copy.policy.requires_grad_(False)
+    return copy
 
 
 def kept_dtype(model: ModelOptions) -> torch.dtype:

@@ -63,7 +63,8 @@ def check_export(engine: Engine, folder: Path, exact: bool, trust: bool = False)
         model = load_model(str(folder), dtype=torch.float32 if exact else torch.bfloat16, trust=trust).eval()
         ids_T, labels_T1 = torch.from_numpy(row.ids_T), torch.from_numpy(np.maximum(row.labels_T, 0))[:, None]
         logits = [model(input_ids=ids[None], use_cache=False).logits[0] for ids in ids_T.split(PROBE_LENGTHS)]
-        theirs_T = torch.cat(logits).float().log_softmax(-1).gather(1, labels_T1)[:, 0].numpy()
+        tempered = torch.cat(logits).float() / engine.policy.temperature
+        theirs_T = tempered.log_softmax(-1).gather(1, labels_T1)[:, 0].numpy()
         gaps = np.abs(ours_T - theirs_T)[row.weights_T > 0]
         gap = float(gaps.max() if exact else gaps.mean())
         if not gap < TOLERANCE[torch.float32 if exact else torch.bfloat16]:

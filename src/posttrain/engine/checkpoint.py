@@ -41,6 +41,7 @@ class Progress:
     stale_validations: int  # since the best one, for early stopping
     data: str  # fingerprint of rows, tokenizer, template and the order of batches
     model: str  # fingerprint of the architecture
+    updates: int  # optimizer steps, of which a step of reinforcement learning may take several
 
 
 class Checkpoints:
@@ -105,7 +106,7 @@ class Checkpoints:
             raise InputError(
                 f"{path} cannot be loaded: {_cause(error)}. Delete this folder to resume from the one before it."
             ) from None
-        engine.step = progress.step
+        engine.step = progress.updates
         return progress
 
     def _begin(self, place: Path) -> None:
@@ -182,8 +183,9 @@ def copied(state: dict[str, Any]) -> dict[str, Any]:
 def read_progress(path: Path) -> Progress:
     """What a checkpoint says of itself. Raises InputError where it is damaged."""
     try:
-        return Progress(**json.loads((path / "progress.json").read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        found = json.loads((path / "progress.json").read_text())
+        return Progress(**{"updates": found["step"], **found})
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(
             f"{path}/progress.json cannot be read: {error}. Delete this folder to resume from an older one."
         ) from None

@@ -9,7 +9,8 @@ packing) gives the same numbers: a loss is a sum over the trained tokens of a wh
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -18,19 +19,23 @@ from torch import Tensor
 from posttrain.distributed.sharding import at_rest, sum_copies, whole
 from posttrain.distributed.world import World, seed_all
 from posttrain.engine.optimizer import AdamW, StepReport
-from posttrain.losses.loss import Loss
+from posttrain.losses.loss import Loss, Scored
 from posttrain.models.attention import Documents
-from posttrain.models.lora import Adapters, is_adapter_weight, merged_weights
+from posttrain.models.lora import Adapters, is_adapter_weight, merged_weights, without_adapters
 from posttrain.models.policy import Policy
 from posttrain.records import MicroBatch
 
 
 @dataclass(frozen=True)
 class LossReport:
-    """The loss of one step over all processes, as a tensor that nobody has waited for, and what it was taken over."""
+    """The loss of one step over all processes, as a tensor that nobody has waited for, and what it was taken over.
+
+    `measured` are the loss's own measures, summed over all tokens.
+    """
 
     loss: Tensor
     total_weight: Tensor
+    measured: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Engine:
@@ -48,35 +53,48 @@ class Engine:
         self.optimizer = make_optimizer(policy, world)
         self.step = 0  # optimizer steps taken or skipped
 
-    def forward(self, micro_batches: Sequence[MicroBatch]) -> list[np.ndarray]:
-        """Log-probabilities (float32, T) of each micro-batch's labels; 0 where a label has no weight. No gradients."""
+    def forward(self, micro_batches: Sequence[MicroBatch], adapters: bool = True) -> list[np.ndarray]:
+        """Log-probabilities (float32, T) of each micro-batch's labels; 0 where a label has no weight. No gradients.
+
+        Without `adapters` they are those of the model that the adapters began from.
+        """
         self.policy.eval()
-        with torch.no_grad():
+        with torch.no_grad(), nullcontext() if adapters else without_adapters(self.policy.lm):
             out = []
             for index, micro_batch in enumerate(micro_batches):
                 self._begin(index, micro_batches)
-                out.append(self._logprobs(micro_batch).cpu().numpy())
+                out.append(self._logprobs(micro_batch)[0].cpu().numpy())
         at_rest(self.policy)
         return out
 
-    def forward_backward(self, micro_batches: Sequence[MicroBatch], loss: Loss) -> LossReport:
-        """Add the gradients of one step's loss, of which these micro-batches are this process's part."""
+    def forward_backward(
+        self, micro_batches: Sequence[MicroBatch], loss: Loss, total_weight: float | None = None
+    ) -> LossReport:
+        """Add the gradients of one step's loss, of which these micro-batches are this process's part.
+
+        The loss is divided by `total_weight`, the same on all processes, or else by the sum of the weights over all.
+        """
         self.world.watchdog.beat("forward and backward")
         device = self.world.device.torch_device
-        local_weight = sum(float(m.weights_T.sum(dtype=np.float64)) for m in micro_batches)
-        total_weight = self.world.total(local_weight).float()
-        total = torch.zeros((), device=device)
+        if total_weight is None:
+            total = self.world.total(sum(float(m.weights_T.sum(dtype=np.float64)) for m in micro_batches)).float()
+        else:
+            total = torch.tensor(total_weight, dtype=torch.float32, device=device)
+        sums: dict[str, Tensor] = {"loss": torch.zeros((), device=device)}
         self.policy.train()
         for index, micro_batch in enumerate(micro_batches):
             self._begin(index, micro_batches)
             seed_all(self.seed, self.step, index, self.world.rank)  # dropout is a function of where it falls
-            weights_T = torch.from_numpy(micro_batch.weights_T).to(device, non_blocking=True)
-            slope_T = loss.slope(weights_T, total_weight) if loss.slope else None
-            value = loss.value(self._logprobs(micro_batch, slope_T), weights_T, total_weight)
+            scored = self._scored(micro_batch, loss, total)
+            value = loss.value(scored)
             sum_copies(self.policy, self.world, now=index == len(micro_batches) - 1)
             value.backward()
-            total += value.detach()
-        return LossReport(self.world.sum_over_readers(total), total_weight)
+            with torch.no_grad():
+                found = {"loss": value, **(loss.measures(scored) if loss.measures else {})}
+                sums = {name: sums.get(name, 0) + x.detach() for name, x in found.items()}
+        summed = self.world.sum_over_readers(torch.stack(list(sums.values())))
+        measured = dict(zip(sums, summed.unbind(), strict=True))
+        return LossReport(measured.pop("loss"), total, measured)
 
     def optim_step(self) -> StepReport:
         """Clip, move the weights, clear the gradients; a gradient that is not finite moves nothing."""
@@ -84,6 +102,10 @@ class Engine:
         report = self.optimizer.step(self.step)
         self.step += 1
         return report
+
+    def skip_step(self) -> None:
+        """Count a step in which there was nothing to learn."""
+        self.step += 1
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Trained weights and optimizer state by name, sharing memory with the engine: what checkpoints write and fill.
@@ -117,8 +139,18 @@ class Engine:
     def _begin(self, index: int, micro_batches: Sequence[MicroBatch]) -> None:
         self.world.watchdog.beat(part=f"micro-batch {index + 1} of {len(micro_batches)}")
 
-    def _logprobs(self, micro_batch: MicroBatch, slope_T: Tensor | None = None) -> Tensor:
-        """Log-probabilities (T) of the labels with weight, 0 elsewhere: only those tokens meet the vocabulary.
+    def _scored(self, micro_batch: MicroBatch, loss: Loss, total_weight: Tensor) -> Scored:
+        device = self.world.device.torch_device
+        weights_T = torch.from_numpy(micro_batch.weights_T).to(device, non_blocking=True)
+        signals = {name: torch.from_numpy(x).to(device, non_blocking=True) for name, x in micro_batch.signals.items()}
+        slope_T = loss.slope(weights_T, total_weight) if loss.slope else None
+        logprobs_T, entropies_T = self._logprobs(micro_batch, slope_T, loss.wants_entropies)
+        return Scored(logprobs_T, weights_T, total_weight, entropies_T, micro_batch.lengths_N, signals)
+
+    def _logprobs(
+        self, micro_batch: MicroBatch, slope_T: Tensor | None = None, entropies: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities (T) of the labels with weight, 0 elsewhere: only those tokens meet the vocabulary. Entropies likewise.
 
         Processes that share a row each compute a part of it, and all get the whole: a loss may need whole sequences.
         """
@@ -135,6 +167,10 @@ class Engine:
         if slope_T is not None and sequence:
             slope_T = sequence.own_part(slope_T)
         slope_S = None if slope_T is None else slope_T[chosen_S]
-        logprobs_S = self.policy(ids_T, positions_T, labels_T, chosen_S, documents, slope_S)
-        logprobs_T = torch.zeros(len(ids_T), device=device).index_copy(0, chosen_S, logprobs_S)
-        return sequence.join(logprobs_T, len(micro_batch.ids_T)) if sequence else logprobs_T
+        logprobs_S, entropies_S = self.policy(ids_T, positions_T, labels_T, chosen_S, documents, slope_S, entropies)
+
+        def whole_row(values_S: Tensor) -> Tensor:
+            values_T = torch.zeros(len(ids_T), device=device).index_copy(0, chosen_S, values_S)
+            return sequence.join(values_T, len(micro_batch.ids_T)) if sequence else values_T
+
+        return whole_row(logprobs_S), None if entropies_S is None else whole_row(entropies_S)

@@ -25,6 +25,7 @@ class Problem:
 
     conversation: Conversation
     prompt_ids_T: np.ndarray
+    place: str = ""  # file and row
 
     @property
     def ground_truth(self) -> str | None:
@@ -57,7 +58,11 @@ class Answer:
 
 
 def read_problems(
-    rows: Iterable[Row], columns: Columns, chat: ChatTokenizer, limit: int | None
+    rows: Iterable[Row],
+    columns: Columns,
+    chat: ChatTokenizer,
+    limit: int | None,
+    advance: Callable[[int], None] = lambda done: None,
 ) -> tuple[list[Problem], Report]:
     """The first problems that can be asked, and what became of the rows up to the last of them."""
     problems: list[Problem] = []
@@ -65,9 +70,11 @@ def read_problems(
     for row in rows:
         if limit is not None and len(problems) == limit:
             break
+        report.rows_read += 1
+        advance(1)
         try:
             conversation = conversation_of(row.values, columns)
-            problems.append(Problem(conversation, chat.prompt_ids(conversation)))
+            problems.append(Problem(conversation, chat.prompt_ids(conversation), row.place))
         except RowError as error:
             report.drop(error.kind, f"{row.place}: {error}")
     return problems, report

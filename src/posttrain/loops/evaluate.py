@@ -57,7 +57,9 @@ def _answers(
     ):
         chat = world.everyone(chat_maker(config))
         sources = world.everyone(lambda: find_sources(list(files), option, data.val_split, data.hub_config))
-        problems, report = world.everyone(lambda: read_problems(read_rows(sources), Columns.of(data), chat, limit))
+        problems, report = world.everyone(
+            lambda: read_problems(read_rows(sources), Columns.of(data, answers_needed=False), chat, limit)
+        )
         left_out = [
             f"left out {count:,}: {reason}, such as {report.places[reason][0]}"
             for reason, count in report.rows_dropped.items()

@@ -13,7 +13,8 @@ from posttrain.distributed.watchdog import watching
 from posttrain.distributed.world import World, join_world
 from posttrain.engine.build import build_engine, kept_dtype
 from posttrain.engine.engine import Engine
-from posttrain.loops.training_data import TrainingData, open_training_data
+from posttrain.loops.step_log import StepWork
+from posttrain.loops.training_data import TrainingData, data_report, describe, open_training_data
 from posttrain.loops.training_run import TrainingRun
 from posttrain.loops.validation import validate
 from posttrain.losses.sft import sft_loss
@@ -34,14 +35,14 @@ def sft(config: Config, resolved_yaml: str, gradients_to: str | None = None) -> 
         TrainingRun.open(config, resolved_yaml, world, display) as run,
     ):
         data = open_training_data(config, world, display)  # lengths and steps are known before a model is loaded
-        run.plan(data)
+        run.plan(data, describe(data, config, world), data_report(data))
         engine = build_engine(
             config.model, config.engine, config.optim, data.schedule.num_steps, world, dtype,
             packing=config.data.packing, seed=config.trainer.seed,
         )  # fmt: skip
         run.resume(engine)
         if gradients_to is not None:
-            engine.forward_backward(data.micro_batches(engine.step, world), sft_loss)
+            engine.forward_backward(data.micro_batches(run.step, world), sft_loss)
             write_gradients(engine, gradients_to, display)
             return
         train(run, engine, data, world)
@@ -50,20 +51,20 @@ def sft(config: Config, resolved_yaml: str, gradients_to: str | None = None) -> 
 
 def train(run: TrainingRun, engine: Engine, data: TrainingData, world: World) -> None:
     """Steps until the schedule ends, or something asks to stop."""
-    if engine.step == 0 and run.config.trainer.val_before_train:
+    if run.step == 0 and run.config.trainer.val_before_train:
         run.judge(engine, validate(engine, data, run.config))
     run.begin()
-    while engine.step < data.schedule.num_steps and not run.stopping:
-        world.watchdog.beat("reading rows", step=engine.step + 1)
+    while run.step < data.schedule.num_steps and not run.stopping:
+        world.watchdog.beat("reading rows", step=run.step + 1)
         started = time.perf_counter()
-        micro_batches = data.micro_batches(engine.step, world)
+        micro_batches = data.micro_batches(run.step, world)
         waited = time.perf_counter() - started
         loss = engine.forward_backward(micro_batches, sft_loss)
         update = engine.optim_step()
-        run.record(engine, loss, update, micro_batches, waited)
-        if run.due(run.config.trainer.test_freq, engine.step):
+        run.record(StepWork([(loss, update)], micro_batches, waited))
+        if run.due(run.config.trainer.test_freq):
             run.judge(engine, validate(engine, data, run.config))
-        if run.due(run.config.trainer.save_freq, engine.step):
+        if run.due(run.config.trainer.save_freq):
             run.save(engine)
 
 

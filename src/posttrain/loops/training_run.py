@@ -3,34 +3,49 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from posttrain.config.schema import Config
+from posttrain.data.batches import Schedule
+from posttrain.data.chat import ChatTokenizer
 from posttrain.distributed.world import World
 from posttrain.engine.check import check_export
 from posttrain.engine.checkpoint import Checkpoints, Progress, read_progress
-from posttrain.engine.engine import Engine, LossReport
+from posttrain.engine.engine import Engine
 from posttrain.engine.export import export, export_adapter
-from posttrain.engine.optimizer import StepReport
 from posttrain.errors import InputError, RunError, RunStopped
-from posttrain.loops.step_log import StepLog
-from posttrain.loops.training_data import TrainingData, data_report, describe
+from posttrain.loops.step_log import StepLog, StepWork
 from posttrain.models.flops import forward_backward_flops
 from posttrain.models.load import find_model, load_config
 from posttrain.models.lora import check_base, model_fingerprint
-from posttrain.records import MicroBatch
 from posttrain.run.folder import RunFolder, RunState, clear_leftovers, library_versions
 from posttrain.run.metrics import Metrics, drop_after
 from posttrain.run.progress import Display
 from posttrain.run.signals import StopRequest, catching_signals
 from posttrain.run.trackers import check_trackers, start_trackers
+
+
+class RunData(Protocol):
+    """What a run must know of its data: rows to learn from by imitation, or prompts to answer."""
+
+    @property
+    def schedule(self) -> Schedule: ...
+    @property
+    def chat(self) -> ChatTokenizer: ...
+    @property
+    def fingerprint(self) -> str:
+        """Changes with anything that changes the rows of a step."""
+
+    @property
+    def end_ids(self) -> list[int]:
+        """The tokens that end turns."""
 
 
 class TrainingRun:
@@ -42,7 +57,7 @@ class TrainingRun:
         self.checkpoints = Checkpoints(self.folder.path, config.trainer.max_ckpt_to_keep, world)
         self.metrics = Metrics(None)
         self.state = RunState(world_size=world.size, versions=library_versions())
-        self.progress = Progress(step=0, best=None, best_step=None, stale_validations=0, data="", model="")
+        self.progress = Progress(step=0, best=None, best_step=None, stale_validations=0, data="", model="", updates=0)
         self.last_saved = -1
         self._stopped_early = False
         self._stop_signal = 0  # that all processes have agreed on
@@ -68,19 +83,19 @@ class TrainingRun:
                 run._write_failure()
                 raise
 
-    def plan(self, data: TrainingData) -> None:
-        """Say and write the arithmetic of the run, before a model is loaded."""
+    def plan(self, data: RunData, lines: list[str], report: dict[str, Any]) -> None:
+        """Say the arithmetic of the run in these lines and write data_report.json, before a model is loaded."""
         self.data = data
         model = self.config.model
         shape = load_config(find_model(model.path), model.override_config, model.revision, model.trust_remote_code)
         self.progress = replace(self.progress, data=data.fingerprint, model=model_fingerprint(shape, model))
         self.state.total_steps = data.schedule.num_steps
         self.state.data_fingerprint, self.state.model_fingerprint = self.progress.data, self.progress.model
-        for line in describe(data, self.config, self.world):
+        for line in lines:
             self.display.say(line)
         self._found = self.world.on_main(self._checkpoint_to_resume)
         if self.world.is_main:
-            self.folder.write_json("data_report.json", data_report(data))
+            self.folder.write_json("data_report.json", report)
             self.folder.write_state(self.state)
 
     def resume(self, engine: Engine) -> None:
@@ -89,12 +104,12 @@ class TrainingRun:
         if self._found is not None:
             self.world.on_main(lambda: check_base(self._found, engine.adapters))
             self.progress = self.checkpoints.restore(engine, self._found)
-            self.last_saved = engine.step
+            self.last_saved = self.progress.step
             self._stopped_early = self._stale()
-            self.display.say(f"resumed from {self._found}: step {engine.step} of {self.state.total_steps}")
-        self.state.step, self.state.best_step = engine.step, self.progress.best_step
+            self.display.say(f"resumed from {self._found}: step {self.progress.step} of {self.state.total_steps}")
+        self.state.step, self.state.best_step = self.progress.step, self.progress.best_step
         if self.world.is_main:
-            drop_after(self.folder.metrics, engine.step if self._found else -1)
+            drop_after(self.folder.metrics, self.step if self._found else -1)
             self.metrics = Metrics(self.folder.metrics, self._trackers())
         trainer, device = self.config.trainer, self.world.device
         self.log = StepLog(
@@ -107,6 +122,11 @@ class TrainingRun:
             flops=forward_backward_flops(engine.policy.lm.config),
             peak_flops=device.peak_flops(device.compute_dtype(self.config.model.dtype)) * self.world.size,
         )
+
+    @property
+    def step(self) -> int:
+        """Steps done, those that were skipped included."""
+        return self.state.step
 
     def begin(self) -> None:
         """Start the live line."""
@@ -129,27 +149,25 @@ class TrainingRun:
             self._stop_signal = max(int(number) for number in self.world.gather(self.request.signal or 0))
         return self._stopped_early or bool(self._stop_signal)
 
-    def due(self, frequency: int | str, step: int) -> bool:
+    def due(self, frequency: int | str) -> bool:
         """Whether something that happens every so many steps (100) or epochs (`2ep`) and at the end happens after this one."""
         if isinstance(frequency, str):
             frequency = int(frequency.removesuffix("ep")) * self.data.schedule.steps_per_epoch
-        return step == self.state.total_steps or (frequency > 0 and step % frequency == 0)
+        return self.step == self.state.total_steps or (frequency > 0 and self.step % frequency == 0)
 
-    def record(
-        self, engine: Engine, loss: LossReport, update: StepReport, micro_batches: Sequence[MicroBatch], wait: float
-    ) -> None:
-        """Note a step that was just dispatched, `wait` seconds of which went by until its rows were there."""
-        self.log.record(engine.step, loss, update, micro_batches, wait)
-        self.state.step = engine.step
+    def record(self, work: StepWork) -> None:
+        """Note a step that was just dispatched."""
+        self.state.step += 1
+        self.log.record(self.step, work)
 
     def judge(self, engine: Engine, found: dict[str, float]) -> None:
         """Write a validation; keep the model if it is the best so far, and stop if there was none for long."""
         if found:
-            self.metrics.write(engine.step, "val", found)
-            better = self._compare(found[self.config.trainer.best_metric], engine.step)
+            self.metrics.write(self.step, "val", found)
+            better = self._compare(found[self.config.trainer.best_metric], self.step)
             shown = ", ".join(f"{name}={value:.4g}" for name, value in found.items())
-            self.display.say(f"step {engine.step}: {shown}{' (best so far)' if better and engine.step else ''}")
-            if better and engine.step:  # the model before training lies where it came from
+            self.display.say(f"step {self.step}: {shown}{' (best so far)' if better and self.step else ''}")
+            if better and self.step:  # the model before training lies where it came from
                 self._export(engine, "checkpoint-best")
         self.log.restart_clock()
 
@@ -157,23 +175,23 @@ class TrainingRun:
         """Begin to write a checkpoint to resume from; training goes on meanwhile."""
         self.world.watchdog.beat("saving", patient=True)
         self.log.settle()  # resuming from it, no step before it is written again
-        self.progress = replace(self.progress, step=engine.step)
+        self.progress = replace(self.progress, step=self.step, updates=engine.step)
         with self.log.waiting_for_save():
             self.checkpoints.save(engine, self.progress, partial(export_adapter, engine) if engine.adapters else None)
-        self.last_saved = engine.step
+        self.last_saved = self.step
         self._write_state("running")
 
     def finish(self, engine: Engine) -> None:
         """End the run: finished, with a model to use, or stopped, with a checkpoint to go on from (RunStopped)."""
         self.log.settle()
-        if self.last_saved != engine.step:
+        if self.last_saved != self.step:
             self.save(engine)
         self.checkpoints.wait()
         self.display.end_work()
         if self._stop_signal:
             self._write_state("stopped")
             raise RunStopped(
-                f"Stopped at step {engine.step} of {self.state.total_steps}; saved. The same command goes on from there.",
+                f"Stopped at step {self.step} of {self.state.total_steps}; saved. The same command goes on from there.",
                 self._stop_signal,
             )
         dtype = self._export(engine, "checkpoint-final")

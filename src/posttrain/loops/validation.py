@@ -47,7 +47,9 @@ def _accuracy(engine: Engine, data: TrainingData, config: Config) -> Accuracy:
     world = engine.world
     count = config.trainer.num_val_generations
     problems, _ = world.on_main(
-        lambda: read_problems(read_rows(data.val_sources), Columns.of(config.data), data.chat, count)
+        lambda: read_problems(
+            read_rows(data.val_sources), Columns.of(config.data, answers_needed=False), data.chat, count
+        )
     )
     dtype = world.device.compute_dtype(config.model.dtype)
     model = assemble(engine, dtype, world.device.torch_device)

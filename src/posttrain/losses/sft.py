@@ -6,12 +6,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from posttrain.losses.loss import Loss
+from posttrain.losses.loss import Loss, Scored
 
 
-def sft_value(logprobs_T: Tensor, weights_T: Tensor, total_weight: Tensor) -> Tensor:
+def sft_value(scored: Scored) -> Tensor:
     """Weighted negative log-likelihood, summed over tokens and divided by the weight of the whole step."""
-    return -(logprobs_T * weights_T).sum() / total_weight
+    return -(scored.logprobs_T * scored.weights_T).sum() / scored.total_weight
 
 
 def sft_slope(weights_T: Tensor, total_weight: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,6 +135,19 @@ def fingerprint(weights: Iterable[tuple[str, Tensor]], total: Callable[[Tensor],
         sums.append(weight.detach().to(torch.bfloat16).view(torch.int16).sum(dtype=torch.int64))
     added = total(torch.stack(sums)).tolist()
     return hashlib.sha256(json.dumps(list(zip(names, added, strict=True))).encode()).hexdigest()[:16]
+
+
+@contextmanager
+def without_adapters(lm: Any) -> Iterator[None]:
+    """The model as it was before it had adapters, while inside."""
+    layers = [layer for _, layer in _adapted_layers(lm)]
+    for layer in layers:  # peft's own switch also changes requires_grad, which sharded parameters must keep
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def merged_weights(lm: Any, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

@@ -11,17 +11,20 @@ from torch import Tensor, nn
 
 from posttrain.distributed.device import logits_a_chunk
 from posttrain.errors import InputError
-from posttrain.losses.vocabulary import Head, token_logprobs
+from posttrain.losses.vocabulary import Head, token_logprobs, token_logprobs_and_entropies
 from posttrain.models.attention import PACKED, Documents
 
 
 class Policy(nn.Module):
-    """Wraps a transformers causal LM. With `packing` documents share a forward pass, else each has its own."""
+    """Wraps a transformers causal LM. With `packing` documents share a forward pass, else each has its own.
 
-    def __init__(self, lm: Any, packing: bool = True):
+    Its probabilities are those at which tokens are drawn at `temperature`.
+    """
+
+    def __init__(self, lm: Any, packing: bool = True, temperature: float = 1.0):
         super().__init__()
         self.lm = lm
-        self.packing = packing
+        self.packing, self.temperature = packing, temperature
         if packing:
             _use_attention(lm, PACKED)
 
@@ -33,10 +36,14 @@ class Policy(nn.Module):
         chosen_S: Tensor,
         documents: Documents,
         slope_S: Tensor | None = None,
-    ) -> Tensor:
-        """Log-probabilities (float32, S) of the labels at the positions `chosen_S`; see `token_logprobs` for the slope."""
-        hidden_TD = self._hidden(ids_T, positions_T, documents)
-        return token_logprobs(hidden_TD.index_select(0, chosen_S), self.head(), labels_T[chosen_S], slope_S)
+        entropies: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities (float32, S) of the labels at the positions `chosen_S`, and the entropies there if asked for; see
+        `token_logprobs` for the slope."""
+        hidden_SD = self._hidden(ids_T, positions_T, documents).index_select(0, chosen_S)
+        if entropies:
+            return token_logprobs_and_entropies(hidden_SD, self.head(), labels_T[chosen_S])
+        return token_logprobs(hidden_SD, self.head(), labels_T[chosen_S], slope_S), None
 
     def head(self) -> Head:
         """The output layer, with the scaling that some families add (Gemma 2, Cohere, Granite)."""
@@ -44,7 +51,7 @@ class Policy(nn.Module):
         scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
         softcap = getattr(config, "final_logit_softcapping", None)
         chunk = logits_a_chunk(layer.weight.device)
-        return Head(layer.weight, getattr(layer, "bias", None), float(scale), softcap, chunk)
+        return Head(layer.weight, getattr(layer, "bias", None), float(scale), softcap, self.temperature, chunk)
 
     def reference_logprobs(self, ids_T: Tensor, labels_T: Tensor, lengths: list[int]) -> Tensor:
         """What transformers itself computes, with its plainest attention, one document at a time; for comparison."""
@@ -52,7 +59,8 @@ class Policy(nn.Module):
         _use_attention(self.lm, "eager")
         logits = [self.lm(input_ids=ids[None], use_cache=False).logits[0] for ids in ids_T.split(lengths)]
         _use_attention(self.lm, chosen)
-        return torch.cat(logits).float().log_softmax(-1).gather(1, labels_T[:, None])[:, 0]
+        tempered = torch.cat(logits).float() / self.temperature
+        return tempered.log_softmax(-1).gather(1, labels_T[:, None])[:, 0]
 
     def _hidden(self, ids_T: Tensor, positions_T: Tensor, documents: Documents) -> Tensor:
         body = self.lm.base_model

@@ -1,0 +1,191 @@
+"""What a policy did with the prompts of a step: its answers, what they earned, and what was better than expected."""
+
+# N answers, prompt by prompt; T tokens
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from posttrain.config.schema import AlgorithmOptions
+from posttrain.losses.advantage import groups, has_signal
+from posttrain.losses.aggregation import token_weights
+from posttrain.loops.answering import Problem
+from posttrain.records import Completion, Sample
+from posttrain.rewards.score import Score
+from posttrain.rewards.verdict import Verdict
+
+
+@dataclass(frozen=True)
+class Experience:
+    """The answers to some prompts, the same on every process. `rewards_N` are NaN where nobody could tell.
+
+    `seconds` are those of the slowest process, by part: rollout, reward.
+    """
+
+    problems: list[Problem]
+    prompts_N: np.ndarray  # int64, number of each answer's problem among all
+    completions: list[Completion]
+    scores: list[Score]
+    rewards_N: np.ndarray  # float64, with what lengths and divergence take off
+    seconds: dict[str, float] = field(default_factory=dict)
+    num_asked: int = 0  # groups, those that were left out included
+    num_without_signal: int = 0
+
+    def __len__(self) -> int:
+        return len(self.completions)
+
+    @property
+    def signal_N(self) -> np.ndarray:
+        """Whether (bool, N) anything can be learnt from the answer's group."""
+        return has_signal(self.rewards_N, self.prompts_N)
+
+    def taken(self, chosen_N: np.ndarray) -> Experience:
+        """The answers with these numbers or this mask."""
+        numbers = np.flatnonzero(chosen_N) if chosen_N.dtype == bool else chosen_N
+        return replace(
+            self,
+            problems=[self.problems[i] for i in numbers],
+            prompts_N=self.prompts_N[numbers],
+            completions=[self.completions[i] for i in numbers],
+            scores=[self.scores[i] for i in numbers],
+            rewards_N=self.rewards_N[numbers],
+        )
+
+    def first_groups(self, count: int) -> Experience:
+        """The answers to the first so many prompts."""
+        kept = groups(self.prompts_N)[:count]
+        return self.taken(np.sort(np.concatenate(kept)) if kept else np.zeros(0, np.int64))
+
+    def joined(self, other: Experience) -> Experience:
+        return Experience(
+            [*self.problems, *other.problems],
+            np.concatenate([self.prompts_N, other.prompts_N]),
+            [*self.completions, *other.completions],
+            [*self.scores, *other.scores],
+            np.concatenate([self.rewards_N, other.rewards_N]),
+            {name: self.seconds[name] + other.seconds[name] for name in self.seconds},
+            self.num_asked + other.num_asked,
+            self.num_without_signal + other.num_without_signal,
+        )
+
+    def metrics(self) -> dict[str, float | None]:
+        """What a person wants to know of them; means over answers, shares of groups."""
+        known_N = self.rewards_N[~np.isnan(self.rewards_N)]
+        lengths_N = np.array([num_trained(completion) for completion in self.completions])
+        verdicts = [score.verdict for score in self.scores]
+        judged = sum(verdict is not Verdict.UNKNOWN for verdict in verdicts)
+        right = sum(verdict is Verdict.RIGHT for verdict in verdicts)
+        seconds = self.seconds.get("rollout", 0.0)
+        parts = {name for score in self.scores for name in score.parts}
+        return {
+            "reward_mean": _mean(known_N),
+            "reward_std": float(known_N.std()) if len(known_N) else None,
+            "right_share": right / judged if judged else None,
+            "rewards_unknown": sum(score.reward is None for score in self.scores),
+            "no_signal_share": self.num_without_signal / self.num_asked if self.num_asked else None,
+            "answer_tokens_mean": _mean(lengths_N),
+            "answer_tokens_max": int(lengths_N.max(initial=0)),
+            "truncated_share": _mean(np.array([not completion.stopped for completion in self.completions])),
+            "rollout_seconds": seconds,
+            "reward_seconds": self.seconds.get("reward", 0.0),
+            "rollout_tokens_per_second": lengths_N.sum() / seconds if seconds else None,
+            **{f"reward_{name}": _mean_of_part(self.scores, name) for name in sorted(parts) if len(parts) > 1},
+        }
+
+
+def experience(
+    problems: Sequence[tuple[int, Problem]],
+    completions: Sequence[Completion],
+    scores: Sequence[Score],
+    algorithm: AlgorithmOptions,
+    max_new_tokens: int,
+    seconds: dict[str, float],
+) -> Experience:
+    """Answers, one for each of `problems` (repeated for each of a group), with their rewards."""
+    rewards_N = np.array([math.nan if score.reward is None else score.reward for score in scores], dtype=np.float64)
+    if algorithm.overlong_buffer_tokens:
+        lengths_N = np.array([num_trained(completion) for completion in completions])
+        rewards_N -= overlong_penalty(
+            lengths_N, max_new_tokens, algorithm.overlong_buffer_tokens, algorithm.overlong_penalty
+        )
+    prompts_N = np.array([number for number, _ in problems], dtype=np.int64)
+    signal_N = has_signal(rewards_N, prompts_N)
+    asked = groups(prompts_N)
+    return Experience(
+        [problem for _, problem in problems],
+        prompts_N,
+        list(completions),
+        list(scores),
+        rewards_N,
+        seconds,
+        len(asked),
+        sum(not signal_N[members[0]] for members in asked),
+    )
+
+
+def overlong_penalty(lengths_N: np.ndarray, max_new_tokens: int, buffer: int, penalty: float) -> np.ndarray:
+    """What lengths (in tokens) take off the reward: nothing up to `max_new_tokens - buffer`, then a line up to `penalty`.
+
+    Source: Yu et al. 2025, DAPO, arXiv 2503.14476, equation 13.
+    """
+    beyond_N = np.clip(lengths_N - (max_new_tokens - buffer), 0, buffer)
+    return penalty * beyond_N / buffer
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one update of the weights learns from: answers by number, the weight of each one's tokens, and what the sum of their
+    losses is divided by."""
+
+    numbers: list[int]
+    weights: np.ndarray  # float64
+    total_weight: float
+
+
+def plan_updates(
+    found: Experience, usable_N: np.ndarray, parts: int, mode: str, constant_length: int, order: np.ndarray
+) -> list[Update]:
+    """The answers that are usable (bool, N) in `parts` updates: whole groups, in the order of `order`, a permutation of them."""
+    members = groups(found.prompts_N)
+    updates = []
+    for part in np.array_split(order, parts):
+        numbers = [i for group in sorted(part) for i in members[group].tolist() if usable_N[i]]
+        lengths = np.array([num_trained(found.completions[i]) for i in numbers], dtype=np.int64)
+        updates.append(Update(numbers, *token_weights(lengths, mode, constant_length)))
+    return updates
+
+
+def samples_of(row: int, completion: Completion) -> list[Sample]:
+    """What can be learnt from one answer: a sample for each of its pieces, trained where the model wrote."""
+    samples = []
+    for piece in (*completion.earlier, completion):
+        prompt_T = np.zeros(len(piece.prompt_ids_T), dtype=np.float32)
+        own = [np.full(len(s.ids_T), s.trained, dtype=np.float32) for s in piece.segments]
+        weights_T = np.concatenate([prompt_T, *own])
+        ids_T = np.concatenate([piece.prompt_ids_T, *(s.ids_T for s in piece.segments)]).astype(np.int32)
+        signals = {}
+        if all(s.logprobs_T is not None for s in piece.segments if s.trained):
+            drawn = [np.zeros(len(s.ids_T)) if s.logprobs_T is None else s.logprobs_T for s in piece.segments]
+            signals["rollout_logprobs"] = np.concatenate([prompt_T, *drawn]).astype(np.float32)
+        if weights_T[1:].any():
+            samples.append(Sample(row, ids_T, weights_T, signals))
+    return samples
+
+
+def num_trained(completion: Completion) -> int:
+    """Tokens that the model wrote, in all pieces."""
+    pieces = (*completion.earlier, completion)
+    return sum(len(segment.ids_T) for piece in pieces for segment in piece.segments if segment.trained)
+
+
+def _mean(values: np.ndarray) -> float | None:
+    return float(values.mean()) if len(values) else None
+
+
+def _mean_of_part(scores: Sequence[Score], name: str) -> float | None:
+    found = [value for score in scores if (value := score.parts.get(name)) is not None]
+    return sum(found) / len(found) if found else None

@@ -1,0 +1,106 @@
+"""Reinforcement learning from groups of answers, as a loop to read in one go."""
+
+from __future__ import annotations
+
+from posttrain.config.schema import Config
+from posttrain.distributed.device import choose_device
+from posttrain.distributed.watchdog import watching
+from posttrain.distributed.world import join_world
+from posttrain.engine.build import build_engine, build_reference, kept_dtype
+from posttrain.engine.engine import Engine
+from posttrain.errors import InputError
+from posttrain.loops.learner import Learner
+from posttrain.loops.answers_shown import show_answers
+from posttrain.loops.given import read_completions
+from posttrain.loops.prompts import describe_prompts, open_prompts, prompt_report, updates_of
+from posttrain.loops.rollouts import Answering, answers_a_group, open_rollout
+from posttrain.loops.sft import write_gradients
+from posttrain.loops.step_log import StepWork
+from posttrain.loops.training_run import TrainingRun
+from posttrain.loops.validation import validate_answers
+from posttrain.rewards.score import open_scorer
+from posttrain.run.progress import Display
+
+
+def grpo(config: Config, resolved_yaml: str, gradients_to: str | None = None, completions: str | None = None) -> None:
+    """Learn as the options say. `completions` names a file with answers to use instead of drawing any; `gradients_to` writes the
+    gradients of the first update to that file and stops.
+
+    Raises InputError before training where something is wrong, RunError where a run cannot go on.
+    """
+    check_options(config)
+    device = choose_device(config.trainer.device)
+    dtype = device.compute_dtype(config.model.dtype)
+    with (
+        watching(config.trainer.hang_timeout_seconds) as watchdog,
+        join_world(device, dtype, config.engine, watchdog, kept_dtype(config.model)) as world,
+        Display(world.is_main, watchdog.alive) as display,
+        TrainingRun.open(config, resolved_yaml, world, display) as run,
+    ):
+        data = open_prompts(config, world, display)
+        run.plan(data, describe_prompts(data, config, world), prompt_report(data))
+        given = world.everyone(lambda: read_completions(completions, data)) if completions else None
+        engine = build_engine(
+            config.model, config.engine, config.optim, sum(updates_of(data.schedule, config)), world, dtype,
+            packing=config.data.packing, seed=config.trainer.seed, temperature=config.rollout.temperature or 1.0,
+        )  # fmt: skip
+        reference = build_reference(engine, config.model, config.engine, dtype) if config.algorithm.kl_coef else None
+        with open_scorer(config.reward) as scorer, open_rollout(engine, data, config) as rollout:
+            run.resume(engine)
+            learner = Learner(config, engine, reference)
+            answering = Answering(rollout, scorer, data, config, world, given)
+            if gradients_to is not None:
+                rollout.take(engine.named_weights())
+                learner.gather_gradients(answering.step(run.step), run.step, len(data.schedule.rows(run.step)))
+                write_gradients(engine, gradients_to, display)
+                return
+            train(run, learner, answering)
+            run.finish(engine)
+
+
+def train(run: TrainingRun, learner: Learner, answering: Answering) -> None:
+    """Steps until the schedule ends, or something asks to stop."""
+    engine, data, trainer = learner.engine, answering.data, run.config.trainer
+    if run.step == 0 and trainer.val_before_train:
+        run.judge(engine, validate_answers(engine, answering))
+    run.begin()
+    while run.step < data.schedule.num_steps and not run.stopping:
+        answering.rollout.take(engine.named_weights())
+        found = answering.step(run.step)
+        run.record(learner.learn(found, run.step, len(data.schedule.rows(run.step))))
+        if run.due(trainer.sample_freq):
+            run.world.on_main(lambda: show_answers(found, run.step, run.display, run.folder))
+        if run.due(trainer.test_freq):
+            run.judge(engine, validate_answers(engine, answering))
+        if run.due(trainer.save_freq):
+            run.save(engine)
+
+
+def check_options(config: Config) -> None:
+    """Raise InputError for options that cannot be learnt with, before anything is loaded."""
+    rollout, algorithm, data = config.rollout, config.algorithm, config.data
+    if answers_a_group(config) < 2:
+        raise InputError(
+            "rollout.n=1: an answer is compared with the others to the same prompt, and a group of one has none. Give 2 or more; 8 "
+            "is usual."
+        )
+    if rollout.temperature == 0:
+        raise InputError(
+            "rollout.temperature=0 gives the same answer again and again, so that no group has anything to learn from. 1 is usual."
+        )
+    if algorithm.overlong_buffer_tokens > rollout.max_new_tokens:
+        raise InputError(
+            f"algorithm.overlong_buffer_tokens={algorithm.overlong_buffer_tokens} is more than "
+            f"rollout.max_new_tokens={rollout.max_new_tokens}, the whole answer."
+        )
+    longest = (data.max_prompt_length or 0) + rollout.max_new_tokens
+    if data.max_tokens_per_gpu is not None and longest > data.max_tokens_per_gpu * config.engine.ulysses_sequence_parallel_size:
+        raise InputError(
+            f"data.max_tokens_per_gpu={data.max_tokens_per_gpu} does not hold a prompt and an answer of {longest} tokens. Raise it, or "
+            "lower rollout.max_new_tokens."
+        )
+    if (algorithm.ppo_mini_batch_size or 0) > data.train_batch_size:
+        raise InputError(
+            f"algorithm.ppo_mini_batch_size={algorithm.ppo_mini_batch_size} is more than data.train_batch_size={data.train_batch_size}; "
+            "both count prompts."
+        )

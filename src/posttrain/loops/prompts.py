@@ -1,0 +1,197 @@
+"""The prompts of a run that learns from its own answers: read once, their steps known before a model is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from posttrain.config.schema import Config
+from posttrain.data.batches import Schedule, plan_steps
+from posttrain.data.chat import ChatTokenizer
+from posttrain.data.formats import Columns, RowError, prompt_of
+from posttrain.data.sources import find_sources, read_rows
+from posttrain.data.tokenized import Report
+from posttrain.distributed.world import World
+from posttrain.errors import InputError
+from posttrain.loops.answering import Problem, read_problems
+from posttrain.loops.training_data import chat_maker
+from posttrain.records import Conversation
+from posttrain.run.progress import Display
+
+ANSWERS_A_GROUP = 8  # where rollout.n is not given
+TOO_LONG = "longer than data.max_prompt_length"
+
+
+@dataclass(frozen=True)
+class PromptData:
+    """Problems to learn from and to validate on, and which of them each step takes."""
+
+    train: list[Problem]
+    val: list[Problem]
+    report: Report
+    val_report: Report
+    schedule: Schedule
+    chat: ChatTokenizer
+    rules: str  # what else decides on the answers of a step
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes with anything that changes the prompts of a step, or how they are answered and judged."""
+        seen = hashlib.sha256()
+        for problem in self.train:
+            seen.update(problem.prompt_ids_T.tobytes())
+            seen.update(repr(problem.ground_truth).encode())
+        plan = (self.schedule.batch_size, self.schedule.seed, self.schedule.shuffle, self.rules)
+        return f"{seen.hexdigest()[:24]}-{'-'.join(map(str, plan))}"
+
+    @cached_property
+    def end_ids(self) -> list[int]:
+        """The token that the template puts behind an answer, which is the one to stop at."""
+        asked = self.train[0].conversation
+        answered = [*prompt_of(asked.messages), {"role": "assistant", "content": "1"}]
+        (found,) = self.chat.encode_many([Conversation(answered, asked.tools, asked.template_kwargs)])
+        if isinstance(found, RowError):  # then the model's own and the tokenizer's must do
+            return []
+        return self.chat.end_ids(found[-1].ids_T, found[-1].weights_T)
+
+    def problems(self, step: int, extra: int = 0) -> list[tuple[int, Problem]]:
+        """The (number, problem) pairs of a step; with `extra` those that are asked in its place, a function of both numbers."""
+        rows = self.schedule.rows(step)
+        if extra:
+            stream = np.random.Generator(np.random.Philox(key=[self.schedule.seed, (extra << 32) + step]))
+            others = np.setdiff1d(np.arange(len(self.train)), rows)
+            rows = stream.permutation(others)[: self.schedule.batch_size]
+        return [(int(row), self.train[row]) for row in rows]
+
+
+def open_prompts(config: Config, world: World, display: Display) -> PromptData:
+    """Prompts and the schedule. Every process must call this. Raises InputError for what cannot be learnt from."""
+    data, trainer = config.data, config.trainer
+    world.watchdog.beat("preparing prompts")
+    chat = world.everyone(chat_maker(config))
+
+    def read(files: list[str], option: str, split: str, limit: int | None) -> tuple[list[Problem], Report]:
+        display.begin_work(f"reading {option}", None)
+        try:
+            sources = find_sources(files, option, split, data.hub_config)
+            problems, report = read_problems(
+                read_rows(sources), Columns.of(data, answers_needed=False), chat, limit, display.advance
+            )
+            return _within(problems, report, data.max_prompt_length, data.truncation, data.invalid_rows, option)
+        finally:
+            display.end_work()
+
+    train, report = world.everyone(lambda: read(data.train_files, "data.train_files", data.train_split, None))
+    val, val_report = (
+        world.everyone(
+            lambda: read(data.val_files, "data.val_files", data.val_split, trainer.num_val_generations or None)
+        )
+        if data.val_files
+        else ([], Report())
+    )
+    schedule = plan_steps(
+        len(train),
+        data.train_batch_size,
+        trainer.total_epochs,
+        trainer.total_training_steps,
+        trainer.seed,
+        data.shuffle,
+    )
+    rollout = config.rollout
+    rules = f"{config.algorithm.max_num_gen_batches}-{rollout.n}-{rollout.max_new_tokens}-{rollout.temperature}"
+    return PromptData(train, val, report, val_report, schedule, chat, rules)
+
+
+def prompt_report(data: PromptData) -> dict[str, Any]:
+    """data_report.json: what became of every row."""
+
+    def facts(problems: list[Problem], report: Report) -> dict[str, Any]:
+        return {
+            "rows_read": report.rows_read,
+            "rows_used": len(problems),
+            "rows_dropped": report.rows_dropped,
+            "examples": report.places,
+            "num_tokens": sum(len(problem.prompt_ids_T) for problem in problems),
+            "num_trained_tokens": 0,  # prompts are asked, answers are learnt from
+        }
+
+    val = {"val": facts(data.val, data.val_report)} if data.val else {}
+    return {"train": facts(data.train, data.report), **val, **facts(data.train, data.report)}
+
+
+def describe_prompts(data: PromptData, config: Config, world: World) -> list[str]:
+    """The arithmetic of the run, as lines to print before it starts."""
+    lines, schedule, algorithm = [], data.schedule, config.algorithm
+    for name, problems, report in (("train", data.train, data.report), ("val", data.val, data.val_report)):
+        if not problems:
+            continue
+        lengths = [len(problem.prompt_ids_T) for problem in problems]
+        lines.append(
+            f"{name}: {len(problems):,} of {report.rows_read:,} prompts, {np.median(lengths):.0f} tokens long (median), "
+            f"longest {max(lengths)}"
+        )
+        lines += [
+            f"  left out {count:,}: {reason}, such as {report.places[reason][0]}"
+            for reason, count in report.rows_dropped.items()
+        ]
+    updates = sum(updates_of(schedule, config))
+    lines.append(
+        f"{schedule.num_steps:,} steps of {schedule.batch_size} prompts x {config.rollout.n or ANSWERS_A_GROUP} answers of at most "
+        f"{config.rollout.max_new_tokens} tokens, {updates:,} updates of the weights, on {world.size} "
+        f"{'process' if world.size == 1 else 'processes'} ({world.device.type})"
+    )
+    if algorithm.kl_coef:
+        which = (
+            "the model without its adapters"
+            if config.model.lora_rank or config.model.lora_adapter_path
+            else "a copy of the model as it is now"
+        )
+        lines.append(f"the divergence from {which} counts {algorithm.kl_coef:g} in the {algorithm.kl_in}")
+    return lines
+
+
+def updates_of(schedule: Schedule, config: Config) -> list[int]:
+    """How often each step moves the weights."""
+    mini, epochs = config.algorithm.ppo_mini_batch_size or schedule.batch_size, config.algorithm.ppo_epochs
+    full = parts_of(schedule.batch_size, mini) * epochs
+    left = schedule.num_rows - (schedule.steps_per_epoch - 1) * schedule.batch_size
+    last = parts_of(left, mini) * epochs
+    return [last if (step + 1) % schedule.steps_per_epoch == 0 else full for step in range(schedule.num_steps)]
+
+
+def parts_of(num_prompts: int, mini_batch_size: int) -> int:
+    """Updates that so many prompts are dealt to."""
+    return -(-num_prompts // mini_batch_size)
+
+
+def _within(
+    problems: list[Problem], report: Report, longest: int | None, how: str, invalid: str, option: str
+) -> tuple[list[Problem], Report]:
+    """The problems whose prompts fit, cut or left out as data.truncation says. Raises InputError."""
+    if report.rows_dropped and invalid == "error":
+        reason = next(iter(report.rows_dropped))
+        raise InputError(f"{report.places[reason][0]}\nLeave such rows out with data.invalid_rows=drop.")
+    kept = []
+    for problem in problems:
+        length = len(problem.prompt_ids_T)
+        if longest is None or length <= longest:
+            kept.append(problem)
+        elif how == "error":
+            most = max(len(other.prompt_ids_T) for other in problems)
+            raise InputError(
+                f"{option}: the prompt of {problem.place} has {length} tokens, more than data.max_prompt_length={longest}; the "
+                f"longest has {most}. Raise it, or choose data.truncation=drop, left or right."
+            )
+        elif how == "drop":
+            report.drop(TOO_LONG, f"{problem.place}: {length} tokens")
+        else:
+            cut = problem.prompt_ids_T[-longest:] if how == "left" else problem.prompt_ids_T[:longest]
+            kept.append(replace(problem, prompt_ids_T=cut))
+    if not kept:
+        reasons = [f"{count:,}: {report.places[reason][0]}" for reason, count in report.rows_dropped.items()]
+        raise InputError("\n".join([f"{option}: no row can be asked.", *reasons]))
+    return kept, report

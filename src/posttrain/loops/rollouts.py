@@ -1,0 +1,108 @@
+"""Prompts of a step -> answers -> rewards, on all processes together."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from posttrain.config.schema import Config
+from posttrain.distributed.world import World
+from posttrain.engine.engine import Engine
+from posttrain.engine.export import assemble
+from posttrain.loops.answering import Problem, answered
+from posttrain.loops.experience import Experience, experience
+from posttrain.loops.prompts import ANSWERS_A_GROUP, PromptData
+from posttrain.records import Completion
+from posttrain.rewards.score import Scorer
+from posttrain.rollout.rollout import Request, Rollout, Sampling
+from posttrain.rollout.transformers import TransformersRollout
+
+
+@contextmanager
+def open_rollout(engine: Engine, data: PromptData, config: Config) -> Iterator[Rollout]:
+    """The engine that answers, with the weights that the run begins with. Every process must call this."""
+    world = engine.world
+    dtype = world.device.compute_dtype(config.model.dtype)
+    model = assemble(engine, dtype, world.device.torch_device)
+    rollout = TransformersRollout(model, data.chat.tokenizer, config.rollout.batch_size, data.end_ids)
+    try:
+        yield rollout
+    finally:
+        rollout.close()
+
+
+def answers_a_group(config: Config) -> int:
+    return config.rollout.n or ANSWERS_A_GROUP
+
+
+@dataclass(frozen=True)
+class Answering:
+    """Answers and judges the prompts of a step. Every process must call it."""
+
+    rollout: Rollout
+    scorer: Scorer
+    data: PromptData
+    config: Config
+    world: World
+    given: dict[int, list[Completion]] | None = None  # completions to use instead, by the number of their prompt
+
+    def step(self, step: int) -> Experience:
+        """The answers of a step: a function of the weights, the seed and the step. With algorithm.filter_groups those of groups
+        without signal are left out, and up to algorithm.max_num_gen_batches further batches of prompts make up for them."""
+        algorithm = self.config.algorithm
+        found = self._batch(self.data.problems(step), step)
+        if not algorithm.filter_groups:
+            return found
+        wanted = len(self.data.schedule.rows(step))
+        kept = found.taken(found.signal_N)
+        for extra in range(1, algorithm.max_num_gen_batches):
+            missing = wanted - (kept.num_asked - kept.num_without_signal)
+            if missing <= 0:
+                break
+            more = self._batch(self.data.problems(step, extra), step)
+            kept = kept.joined(more.taken(more.signal_N))
+        return kept.first_groups(wanted)
+
+    def _batch(self, problems: Sequence[tuple[int, Problem]], step: int) -> Experience:
+        config, world = self.config, self.world
+        world.watchdog.beat("answering", patient=True)
+        own = problems[world.rank :: world.size]  # whole groups, whose prompt is read once
+        asked = [pair for pair in own for _ in range(answers_a_group(config))]
+        if self.given is not None:
+            asked = [(number, problem) for number, problem in own for _ in self.given.get(number, [])]
+        started = time.perf_counter()
+        completions = world.everyone(lambda: self._completions(own, asked, step))
+        answered_at = time.perf_counter()
+        scores = world.everyone(
+            lambda: self.scorer.score([answered(p, c) for (_, p), c in zip(asked, completions, strict=True)])
+        )
+        seconds = {"rollout": answered_at - started, "reward": time.perf_counter() - answered_at}
+        parts = world.gather((asked, completions, scores, seconds))
+        order = {number: place for place, (number, _) in enumerate(problems)}
+        triples = sorted(
+            (triple for part in parts for triple in zip(*part[:3], strict=True)), key=lambda triple: order[triple[0][0]]
+        )
+        return experience(
+            [pair for pair, _, _ in triples],
+            [completion for _, completion, _ in triples],
+            [score for _, _, score in triples],
+            config.algorithm,
+            config.rollout.max_new_tokens,
+            {name: max(part[3][name] for part in parts) for name in seconds},
+        )
+
+    def _completions(
+        self, own: Sequence[tuple[int, Problem]], asked: Sequence[tuple[int, Problem]], step: int
+    ) -> list[Completion]:
+        if self.given is not None:
+            return [completion for number, _ in own for completion in self.given.get(number, [])]
+        options, seed = self.config.rollout, self.config.trainer.seed
+        sampling = Sampling(1.0 if options.temperature is None else options.temperature, options.top_p, options.top_k)
+        count = answers_a_group(self.config)
+        requests = [
+            Request(problem.prompt_ids_T, (seed, step, number, index % count), options.max_new_tokens)
+            for index, (number, problem) in enumerate(asked)
+        ]
+        return self.rollout.generate(requests, sampling, lambda done: self.world.watchdog.alive())
