@@ -5,21 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from posttrain.errors import InputError
+from posttrain.errors import InputError, RunError
 from posttrain.records import Completion, Segment
-from posttrain.rollout.noise import stream
+from posttrain.rollout import plain
+from posttrain.rollout.decoding import Written, decode, decoding
+from posttrain.rollout.proof import why_not
 from posttrain.rollout.rollout import Request, Sampling
 
 
 class TransformersRollout:
-    """A model that answers prompts given as token ids. Stops at `end_ids`, the tokenizer's and the model's own end tokens."""
+    """A model that answers prompts given as token ids. Stops at `end_ids`, the tokenizer's and the model's own end tokens.
+
+    `batch_size` is the most answers written at one time, halved whenever memory runs out. `warnings` are for a person to
+    see: each is said once.
+    """
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int, end_ids: Sequence[int] = ()):
-        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
+        self.num_out_of_memory = 0
+        self.warnings: list[str] = []
+        self._device, self._dtype = model.device, model.dtype
+        self._fast: bool | None = None  # not known before the first answers
         listed = model.generation_config.eos_token_id
         own = listed if isinstance(listed, list) else [listed]
         self.end_ids = sorted({int(i) for i in (*own, tokenizer.eos_token_id, *end_ids) if i is not None})
@@ -29,12 +38,16 @@ class TransformersRollout:
             )
 
     def take(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        device, dtype = self.model.device, self.model.dtype
-        self.model.load_state_dict({name: weight.to(device, dtype) for name, weight in weights}, assign=True)
+        """Answer with these weights from now on, which on one device may be the trainer's own memory."""
+        moved = {name: weight.to(self._device, self._dtype) for name, weight in weights}
+        self.model.load_state_dict(moved, assign=True)
         self.model.tie_weights()
 
     def sleep(self) -> None:
-        pass
+        """Give back the device's memory until the next `take`. Weights that the trainer shares are let go, not changed."""
+        empty = {name: torch.empty_like(weight, device="meta") for name, weight in self.model.state_dict().items()}
+        self.model.load_state_dict(empty, assign=True)
+        self.model.tie_weights()
 
     def close(self) -> None:
         pass
@@ -42,47 +55,54 @@ class TransformersRollout:
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, advance: Callable[[int], None] = lambda done: None
     ) -> list[Completion]:
-        """One completion a request, in their order; prompts of like length are answered together."""
-        order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids_T))
+        """One completion a request, in their order; prompts of like length are answered together, equal ones are read once."""
+        if self._fast is None:
+            self._prove()
+        order = sorted(range(len(requests)), key=lambda i: _likeness(requests[i]))
         completions: dict[int, Completion] = {}
-        for start in range(0, len(order), self.batch_size):
-            batch = order[start : start + self.batch_size]
-            for index, completion in zip(batch, self._batch([requests[i] for i in batch], sampling), strict=True):
-                completions[index] = completion
-            advance(len(batch))
+        while len(completions) < len(order):
+            batch = order[len(completions) : len(completions) + self.batch_size]
+            written = self._try([requests[i] for i in batch], sampling)
+            if written is not None:
+                for index, answer in zip(batch, written, strict=True):
+                    completions[index] = self._completion(requests[index], answer)
+                advance(len(batch))
         return [completions[index] for index in range(len(requests))]
 
-    @torch.no_grad()
-    def _batch(self, requests: list[Request], sampling: Sampling) -> list[Completion]:
-        prompts = [request.prompt_ids_T for request in requests]
-        longest, device = max(map(len, prompts)), self.model.device
-        pad = self.end_ids[0]
-        ids = torch.full((len(prompts), longest), pad, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):  # padding on the left: the answer follows the prompt
-            ids[row, longest - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
-            mask[row, longest - len(prompt) :] = 1
-        torch.manual_seed(stream(requests[0].key) >> 1)
-        config = self._config(pad, max(request.max_new_tokens for request in requests), sampling)
-        out = self.model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config)
-        return [self._completion(prompt, row[longest:]) for prompt, row in zip(prompts, out.cpu().numpy(), strict=True)]
+    def _prove(self) -> None:
+        cause = why_not(self.model)
+        self._fast = cause is None
+        if cause:
+            self.warnings.append(
+                f"{type(self.model).__name__} writes answers by transformers' own generate, which is slower: {cause}."
+            )
 
-    def _config(self, pad: int, max_new_tokens: int, sampling: Sampling) -> Any:
-        from transformers import GenerationConfig
-
-        drawn = {
-            "do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k,
-        }  # fmt: skip
-        # a config of its own, so that a model's generation_config.json cannot change what an evaluation means
-        return GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            eos_token_id=self.end_ids,
-            pad_token_id=pad,
-            **(drawn if sampling.temperature > 0 else {"do_sample": False}),
+    def _try(self, requests: list[Request], sampling: Sampling) -> list[Written] | None:
+        """None where memory ran out; the next batch is then half as large."""
+        try:
+            if not self._fast:
+                return plain.generate(self.model, requests, sampling, self.end_ids)
+            with decoding(self.model):
+                return decode(self.model, requests, sampling, self.end_ids)
+        except torch.OutOfMemoryError:
+            longest = max(len(request.prompt_ids_T) + request.max_new_tokens for request in requests)
+            if len(requests) == 1:
+                raise RunError(
+                    f"Memory ran out while writing one answer, of up to {longest:,} tokens with its prompt. Lower "
+                    "rollout.max_new_tokens, or leave out the longest prompts."
+                ) from None
+        self.num_out_of_memory += 1
+        self.batch_size = len(requests) // 2
+        self.warnings.append(
+            f"Memory ran out while writing {len(requests)} answers of up to {longest:,} tokens with their prompts; going on "
+            f"with {self.batch_size} at a time. rollout.batch_size={self.batch_size} would save the attempt."
         )
+        return None
 
-    def _completion(self, prompt: np.ndarray, written: np.ndarray) -> Completion:
-        ends = np.flatnonzero(np.isin(written, self.end_ids))
-        ids_T = written[: ends[0] + 1] if len(ends) else written
-        text = self.tokenizer.decode(ids_T, skip_special_tokens=True)
-        return Completion(prompt, [Segment(ids_T.astype(np.int32))], text, stopped=bool(len(ends)))
+    def _completion(self, request: Request, written: Written) -> Completion:
+        text = self.tokenizer.decode(written.ids_T, skip_special_tokens=True)
+        return Completion(request.prompt_ids_T, [Segment(written.ids_T, written.logprobs_T)], text, written.stopped)
+
+
+def _likeness(request: Request) -> tuple[int, bytes]:
+    return len(request.prompt_ids_T), request.prompt_ids_T.tobytes()

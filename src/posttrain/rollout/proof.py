@@ -1,0 +1,49 @@
+"""The proof that `decode` computes what a model does, before its answers are used."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from posttrain.rollout.decoding import Written, decode, decoding
+from posttrain.rollout.rollout import Request, Sampling
+
+LENGTHS = (7, 4)
+# largest difference in float32; mean difference in others, whose kernels round differently
+TOLERANCE, ROUGH_TOLERANCE = 1e-4, 0.1
+LAYERS = {"full_attention", "sliding_attention"}
+
+
+def why_not(model: Any) -> str | None:
+    """Why `decode` cannot write this model's answers; None where its log-probabilities are the model's own."""
+    others = set(getattr(model.config, "layer_types", None) or ()) - LAYERS
+    if others:  # such as attention in chunks, which short prompts would not show
+        return f"it has layers of {', '.join(sorted(others))}"
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = np.arange(3, 3 + 11 * sum(LENGTHS), 11, dtype=np.int32) % vocabulary
+    prompts = (ids[: LENGTHS[0]], ids[LENGTHS[0] :])
+    # two answers to one prompt, the first of which leaves early, and one to the other
+    requests = [Request(prompts[0], (0,), 2), Request(prompts[0], (1,), 6), Request(prompts[1], (2,), 6)]
+    try:
+        with decoding(model):
+            written = decode(model, requests, Sampling(temperature=1.0), ())
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # models differ in endless ways: whatever theirs is, transformers knows it
+        return f"{type(error).__name__}: {error}"
+    gaps = np.concatenate([_gaps(model, *pair) for pair in zip(requests, written, strict=True)])
+    exact = model.dtype == torch.float32
+    gap = float(gaps.max() if exact else gaps.mean())
+    return None if gap < (TOLERANCE if exact else ROUGH_TOLERANCE) else f"log-probabilities would differ by {gap:.2g}"
+
+
+@torch.no_grad()
+def _gaps(model: Any, request: Request, written: Written) -> np.ndarray:
+    """How far log-probabilities are from those of a forward pass over prompt and answer, without any cache."""
+    ids_T = torch.from_numpy(np.concatenate([request.prompt_ids_T, written.ids_T])).long().to(model.device)
+    logits = model(input_ids=ids_T[None], use_cache=False).logits[0, -len(written.ids_T) - 1 : -1]
+    labels = ids_T[-len(written.ids_T) :, None]
+    theirs = logits.float().log_softmax(-1).gather(1, labels)[:, 0]
+    return np.abs(theirs.cpu().numpy() - written.logprobs_T)
