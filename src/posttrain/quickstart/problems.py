@@ -1,7 +1,7 @@
 """Grade-school word problems in GSM8K's form, small enough that a tiny model learns them in two minutes.
 
     {"question": "Tom has 3 apples and buys 4 more. How many apples does Tom have now?",
-     "answer": "3+4=<<3+4=7>>7\\n#### 7"}
+     "answer": "3+4=7\\n#### 7"}
 
 A story is an opening, which gives the first number, and perhaps a turn, which changes it: one or two steps.
 """
@@ -129,7 +129,7 @@ def _operands(number: int, sign: str) -> list[int]:
 
 
 def _step(sum_: str, result: int) -> str:
-    return f"{sum_}=<<{sum_}={result}>>{result}"
+    return f"{sum_}={result}"
 
 
 def _write_lines(file: Path, problems: list[Problem]) -> None:

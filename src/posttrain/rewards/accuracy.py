@@ -52,3 +52,37 @@ class Accuracy:
         half = z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
         low = 0.0 if self.num_correct == 0 else center - half  # exactly, which rounding would miss
         return low, 1.0 if self.num_correct == n else center + half
+
+
+def pass_at_k(num_right: int, num_answers: int, k: int) -> float:
+    """The chance that one of `k` answers is right, of a problem for which so many of `num_answers` were.
+
+    Source: Chen et al. 2021, "Evaluating large language models trained on code", equation 1.
+    """
+    return 1.0 - math.comb(num_answers - num_right, k) / math.comb(num_answers, k)
+
+
+def accuracies(verdicts: Sequence[Sequence[Verdict]]) -> dict[str, float]:
+    """Accuracy with its 95% interval over problems, each with the verdicts of all its answers, and pass@k for k = 2, 4, ... and all.
+
+    Answers that could not be judged are left out, problems without any that could be too. With several answers a problem the
+    interval is that of the mean over problems, since answers to one problem are not independent.
+    """
+    known = [[v is Verdict.RIGHT for v in group if v is not Verdict.UNKNOWN] for group in verdicts]
+    judged = [group for group in known if group]
+    most = min(map(len, judged), default=0)
+    if most <= 1:
+        flat = Accuracy(sum(map(sum, judged)), sum(map(len, judged)))
+        return {"val_accuracy": flat.share, "val_accuracy_low": flat.low, "val_accuracy_high": flat.high}
+    shares = [sum(group) / len(group) for group in judged]
+    mean = sum(shares) / len(shares)
+    spread = math.sqrt(sum((share - mean) ** 2 for share in shares) / max(len(shares) - 1, 1) / len(shares))
+    found = {
+        "val_accuracy": mean,
+        "val_accuracy_low": max(mean - Z_95 * spread, 0.0),
+        "val_accuracy_high": min(mean + Z_95 * spread, 1.0),
+    }
+    for k in sorted({2**power for power in range(1, most.bit_length())} | {most}):
+        chances = [pass_at_k(sum(group), len(group), k) for group in judged]
+        found[f"val_pass_at_{k}"] = sum(chances) / len(chances)
+    return found
