@@ -12,6 +12,7 @@ from posttrain.engine.export import assemble
 from posttrain.loops.answering import answer_all, judge_all, read_problems, requests_for
 from posttrain.loops.training_data import TrainingData
 from posttrain.rewards.accuracy import Accuracy
+from posttrain.rewards.score import open_scorer
 from posttrain.rollout.rollout import Sampling
 from posttrain.rollout.transformers import TransformersRollout
 
@@ -56,4 +57,6 @@ def _accuracy(engine: Engine, data: TrainingData, config: Config) -> Accuracy:
     requests = requests_for(problems, 1, options.max_new_tokens, config.trainer.seed)
     sampling = Sampling(options.val_temperature, options.top_p, options.top_k)
     completions = answer_all(rollout, requests, sampling, world, lambda done: world.watchdog.alive())
-    return Accuracy.of([answer.verdict for answer in judge_all(problems, completions, config.reward.name)])
+    with open_scorer(config.reward) as scorer:
+        answers = judge_all(problems, completions, scorer, world, lambda done: world.watchdog.alive())
+    return Accuracy.of([answer.verdict for answer in answers])
