@@ -128,16 +128,17 @@ def test_dual_clip_bounds_what_a_bad_answer_can_cost():
 def test_gspo_ratio_is_the_geometric_mean_over_the_answer():
     given, logprobs, signals = scored()
     log_ratio = logprobs - signals["old_logprobs"]
-    first, second = log_ratio[:3].mean().exp(), log_ratio[5].exp()  # weights do not count, only whether a token is trained
+    first, second = (
+        log_ratio[:3].mean().exp(),
+        log_ratio[5].exp(),
+    )  # weights do not count, only whether a token is trained
     found = PolicyGradient("gspo").ratios(given)
     torch.testing.assert_close(found, torch.stack([first] * 4 + [second] * 3))
     loss = PolicyGradient("gspo", clip_low=9, clip_high=9)
     gains = signals["advantages"]
     expected = -((given.weights_T[:4].sum() * first * gains[0]) + given.weights_T[5] * second * gains[5])
     torch.testing.assert_close(loss.value(given), expected / given.total_weight)
-    torch.testing.assert_close(
-        gradient(loss, given), torch.autograd.grad(expected / given.total_weight, logprobs)[0]
-    )
+    torch.testing.assert_close(gradient(loss, given), torch.autograd.grad(expected / given.total_weight, logprobs)[0])
 
 
 def test_cispo_keeps_the_gradient_of_clipped_tokens():
@@ -175,7 +176,8 @@ def test_rollout_weights_are_truncated_and_carry_no_gradient():
 
 def test_measures_are_sums_over_trained_tokens():
     given, logprobs, signals = scored()
-    found = PolicyGradient(clip_low=0.2, clip_high=0.2).measures(given)
+    assert "kl" not in PolicyGradient().measures(given)
+    found = PolicyGradient(clip_low=0.2, clip_high=0.2, has_reference=True).measures(given)
     trained = given.weights_T > 0
     assert float(found["tokens"]) == 4
     gap = (signals["old_logprobs"] - signals["rollout_logprobs"]).abs()[trained].sum()
@@ -190,8 +192,8 @@ def test_measures_are_sums_over_trained_tokens():
 def test_a_micro_batch_without_documents_adds_nothing():
     filler = Scored(torch.zeros(1, requires_grad=True), torch.zeros(1), torch.tensor(3.0), torch.zeros(1), (1,), {})
     for ratio in ("clip", "gspo", "cispo"):
-        loss = PolicyGradient(ratio, kl_coef=0.1, entropy_coef=0.1, rollout_cap=2.0)
-        assert float(loss.value(filler)) == 0
+        loss = PolicyGradient(ratio, kl_coef=0.1, entropy_coef=0.1, rollout_cap=2.0, has_reference=True)
+        assert float(loss.value(filler).detach()) == 0
         assert all(float(total) == 0 for total in loss.measures(filler).values())
 
 

@@ -162,7 +162,9 @@ class _Draft:
             self.problems += _wrong_values(error, self.origins)
         if self.problems:
             raise InputError("\n".join(self.problems))
-        return Resolved(config, self.origins, options_without_effect(config, self.origins, self.learns), self.translated)
+        return Resolved(
+            config, self.origins, options_without_effect(config, self.origins, self.learns), self.translated
+        )
 
     def _our_name(self, key: str) -> str:
         if key in TRANSLATED:

@@ -8,7 +8,14 @@ from pathlib import Path
 
 from posttrain.config.arguments import COMMAND_LINE, DEFAULT
 from posttrain.config.describe import default_of
-from posttrain.config.schema import AlgorithmOptions, Config, DataOptions, TrainerOptions
+from posttrain.config.schema import (
+    BUILT_IN_REWARDS,
+    AlgorithmOptions,
+    Config,
+    DataOptions,
+    RewardOptions,
+    TrainerOptions,
+)
 
 
 def options_without_effect(config: Config, origins: dict[str, str], learns: bool = False) -> list[dict[str, str]]:
@@ -30,6 +37,7 @@ def _without_effect(config: Config, learns: bool) -> Iterator[tuple[str, str]]:
     yield from _of_layout(config)
     yield from _of_optim(config)
     yield from _of_validation(config)
+    yield from _of_rewards(config.reward)
     yield from _of_trainer(config)
 
 
@@ -135,6 +143,26 @@ def _of_validation(config: Config) -> Iterator[tuple[str, str]]:
         watching = ("test_freq", "val_before_train", "num_val_generations", "best_metric", "early_stopping_patience")
         for option in watching:
             yield f"trainer.{option}", "there is nothing to validate on without data.val_files"
+
+
+def _of_rewards(reward: RewardOptions) -> Iterator[tuple[str, str]]:
+    used = set(reward.names)
+    own = used.difference(BUILT_IN_REWARDS)
+    default_format = "format" in used and reward.format_pattern is None
+    if not own:
+        yield "reward.path", f"reward.name is {', '.join(reward.names)}, and none of that is in the file"
+    if "format" not in used:
+        yield "reward.format_pattern", "reward.name has no format"
+    if "length" not in used:
+        yield "reward.length_target", "reward.name has no length"
+    if not (default_format or "gsm8k_strict" in used):
+        yield "reward.answer_mark", "no reward in reward.name looks for it"
+    judge = next((name for name in reward.names if name not in ("format", "length")), None)
+    if judge in BUILT_IN_REWARDS:
+        yield "reward.right_at", f"{judge} judges, and knows itself what is right"
+    if not own and "math" not in used and ("format" not in used or default_format):
+        for option in ("timeout_seconds", "num_workers"):
+            yield f"reward.{option}", "the rewards in reward.name need no processes of their own"
 
 
 def _of_trainer(config: Config) -> Iterator[tuple[str, str]]:

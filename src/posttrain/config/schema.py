@@ -6,6 +6,7 @@ The sentence below a field is what `posttrain sft --help` prints. Names follow v
 from __future__ import annotations
 
 import datetime
+import difflib
 import os
 import re
 from typing import Annotated, Any, Literal
@@ -30,6 +31,8 @@ RESERVED_KWARGS = (
     "return_assistant_tokens_mask", "sanitize_control_tokens",
 )  # fmt: skip
 
+BUILT_IN_REWARDS = ("gsm8k_strict", "gsm8k_flexible", "math", "format", "length")
+
 
 def expand_path(path: str) -> str:
     """The path with `~` and `$VAR` replaced; hub names and URLs pass unchanged."""
@@ -46,7 +49,7 @@ def _checked_path(path: str) -> str:
 def _as_list(value: Any) -> Any:
     if value is None:
         return []
-    return [value] if isinstance(value, str) else value
+    return [value] if isinstance(value, str | int | float) else value
 
 
 def _valid_frequency(value: Any) -> Any:
@@ -76,9 +79,18 @@ def _checked_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
     return kwargs
 
 
+def _checked_pattern(pattern: str) -> str:
+    try:
+        re.compile(pattern, re.DOTALL)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+    return pattern
+
+
 PathText = Annotated[str, AfterValidator(_checked_path)]
 PathList = Annotated[list[PathText], BeforeValidator(_as_list)]
 TextList = Annotated[list[str], BeforeValidator(_as_list)]
+NumberList = Annotated[list[float], BeforeValidator(_as_list)]
 Frequency = Annotated[int | str, BeforeValidator(_valid_frequency)]
 Endpoint = Annotated[str, AfterValidator(_checked_endpoint)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -292,10 +304,53 @@ class RolloutOptions(Section):
 
 
 class RewardOptions(Section):
-    """How an answer is judged."""
+    """How an answer is judged. docs/rewards.md defines each reward."""
 
-    name: Literal["gsm8k_strict", "gsm8k_flexible"] = "gsm8k_strict"
-    """gsm8k_strict: the number after `####` must be the right one. gsm8k_flexible: the last number of the answer must be."""
+    name: TextList = []
+    """One reward or several, whose weighted sum counts: gsm8k_strict, gsm8k_flexible, math, format, length, or functions of
+    `reward.path`. Not given: gsm8k_strict, or compute_score where there is a `reward.path`."""
+    weights: NumberList = []
+    """What each of `reward.name` is multiplied by, in their order. Not given: 1 each."""
+    path: PathText | None = None
+    """Python file with functions of your own: compute_score(data_source, solution_str, ground_truth, extra_info), as verl
+    calls them. They run in processes of their own."""
+    right_at: float = 1.0
+    """An answer is right if a reward that only gives numbers gives at least this."""
+    answer_mark: Annotated[str, Field(min_length=1)] = "####"
+    """What stands before the number in an answer that gsm8k_strict can read."""
+    format_pattern: Annotated[str, AfterValidator(_checked_pattern)] | None = None
+    """Regular expression that `format` wants the whole answer to match; a dot matches line ends too. Not given: the last line
+    is `reward.answer_mark` and a number."""
+    length_target: PositiveInt = 256
+    """Tokens up to which `length` gives 1; it falls in a straight line to 0 at twice as many."""
+    timeout_seconds: PositiveFloat = 10.0
+    """Time for one answer in a process of its own; then the process is killed, and nobody can tell whether it was right."""
+    num_workers: PositiveInt | None = None
+    """Processes for math, functions of your own and a `reward.format_pattern`. Not given: one a core, shared by the processes
+    of this machine."""
+
+    @property
+    def names(self) -> list[str]:
+        """The rewards in force."""
+        return self.name or ["compute_score" if self.path else "gsm8k_strict"]
+
+    @model_validator(mode="after")
+    def _known_and_weighted(self) -> RewardOptions:
+        unknown = [name for name in self.names if name not in BUILT_IN_REWARDS]
+        if unknown and self.path is None:
+            near = difflib.get_close_matches(unknown[0], BUILT_IN_REWARDS, n=1)
+            raise ValueError(
+                f"there is no reward '{unknown[0]}'{f', nearest is {near[0]}' if near else ''}; reward.name can be "
+                f"{', '.join(BUILT_IN_REWARDS)}, or a function in the file that reward.path names"
+            )
+        if twice := [name for name in self.names if self.names.count(name) > 1]:
+            raise ValueError(f"reward.name has {twice[0]} twice; give it once, with reward.weights")
+        if self.weights and len(self.weights) != len(self.names):
+            raise ValueError(
+                f"reward.weights has {len(self.weights)} numbers, and reward.name {len(self.names)}: {', '.join(self.names)}; "
+                "give one number each"
+            )
+        return self
 
 
 class AlgorithmOptions(Section):

@@ -87,6 +87,7 @@ def _read_row(row: dict[str, Any], columns: Columns) -> Conversation | Tokens:
         weights=tuple(weights) if any(weight is not None for weight in weights) else None,
         ground_truth=_ground_truth(row),
         data_source=None if source is None else str(source),
+        extra_info=_extra_info(row),
     )
 
 
@@ -277,6 +278,12 @@ def _ground_truth(row: dict[str, Any]) -> str | None:
     reward_model = row.get("reward_model")
     truth = clean(reward_model.get("ground_truth")) if isinstance(reward_model, dict) else None
     return None if truth is None else str(truth)
+
+
+def _extra_info(row: dict[str, Any]) -> dict[str, Any]:
+    """What a reward is told besides the ground truth; a column of that name that is no mapping says nothing to it."""
+    extra_info = row.get("extra_info")
+    return clean(extra_info) if isinstance(extra_info, dict) else {}
 
 
 def _refuse_media(row: dict[str, Any]) -> None:

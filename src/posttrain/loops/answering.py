@@ -14,8 +14,8 @@ from posttrain.data.sources import Row
 from posttrain.data.tokenized import Report
 from posttrain.distributed.world import World
 from posttrain.records import Completion, Conversation
-from posttrain.rewards.gsm8k import build_reward, final_answer
-from posttrain.rewards.verdict import Verdict
+from posttrain.rewards.gsm8k import final_answer
+from posttrain.rewards.score import Answered, Score, Scorer, Verdict
 from posttrain.rollout.rollout import Request, Rollout, Sampling
 
 
@@ -43,18 +43,28 @@ class Answer:
     conversation: Conversation
     completion: Completion
     ground_truth: str | None
-    verdict: Verdict
+    score: Score
+
+    @property
+    def verdict(self) -> Verdict:
+        return self.score.verdict
 
     def as_record(self) -> dict[str, object]:
         """A line of evaluation.jsonl."""
-        return {
+        record: dict[str, object] = {
             "prompt": prompt_of(self.conversation.messages),
             "answer": self.completion.text,
             "ground_truth": self.ground_truth,
             "verdict": str(self.verdict),
+            "reward": self.score.reward,
             "num_tokens": self.completion.num_tokens,
             "cut": not self.completion.stopped,
         }
+        if len(self.score.parts) > 1:
+            record["rewards"] = self.score.parts
+        if self.score.problem is not None:
+            record["problem"] = self.score.problem
+        return record
 
 
 def read_problems(
@@ -104,11 +114,34 @@ def requests_for(problems: Sequence[Problem], answers: int, max_new_tokens: int,
     ]
 
 
-def judge_all(problems: Sequence[Problem], completions: Sequence[Completion], reward_name: str) -> list[Answer]:
-    """Each answer with its verdict."""
-    judge = build_reward(reward_name)
+def answered(problem: Problem, completion: Completion) -> Answered:
+    """What a reward is asked."""
+    row = problem.conversation
+    return Answered(
+        completion.text,
+        problem.ground_truth,
+        row.data_source,
+        row.extra_info,
+        completion.num_tokens,
+        completion.stopped,
+    )
+
+
+def judge_all(
+    problems: Sequence[Problem],
+    completions: Sequence[Completion],
+    scorer: Scorer,
+    world: World,
+    advance: Callable[[int], None] = lambda done: None,
+) -> list[Answer]:
+    """Each answer with its score, on every process; each process judges its share."""
+    asked = [answered(*pair) for pair in zip(problems, completions, strict=True)]
+    own = world.everyone(lambda: scorer.score(asked[world.rank :: world.size], advance))
+    scores: list[Score | None] = [None] * len(asked)
+    for rank, part in enumerate(world.gather(own)):
+        scores[rank :: world.size] = part
     return [
-        Answer(problem.conversation, completion, truth, judge(completion.text, truth))
-        for problem, completion in zip(problems, completions, strict=True)
-        for truth in [problem.ground_truth]
+        Answer(problem.conversation, completion, problem.ground_truth, score)
+        for problem, completion, score in zip(problems, completions, scores, strict=True)
+        if score is not None
     ]

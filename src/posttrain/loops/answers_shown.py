@@ -42,7 +42,9 @@ def show_answers(found: Experience, step: int, display: Display, folder: RunFold
 def record(found: Experience, i: int) -> dict[str, Any]:
     """An answer as a line of samples/step-<N>.jsonl; `--completions` reads it."""
     completion, score = found.completions[i], found.scores[i]
-    ids, logprobs, trained = [], [], []
+    ids: list[int] = []
+    logprobs: list[float] = []
+    trained: list[int] = []
     for segment in completion.segments:
         ids += segment.ids_T.tolist()
         trained += [int(segment.trained)] * len(segment.ids_T)

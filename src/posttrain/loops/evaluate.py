@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from posttrain.config.schema import Config
 from posttrain.data.formats import Columns
@@ -14,12 +18,12 @@ from posttrain.distributed.device import choose_device
 from posttrain.distributed.watchdog import watching
 from posttrain.distributed.world import World, join_world
 from posttrain.errors import InputError
-from posttrain.loops.answering import Answer, Problem, answer_all, judge_all, read_problems, requests_for
+from posttrain.loops.answering import Answer, Problem, answer_all, answered, judge_all, read_problems, requests_for
 from posttrain.loops.training_data import chat_maker
 from posttrain.models.load import find_model, load_model
+from posttrain.records import Completion
 from posttrain.rewards.accuracy import Accuracy
-from posttrain.rewards.gsm8k import build_reward
-from posttrain.rewards.verdict import Verdict
+from posttrain.rewards.score import Scorer, Verdict, open_scorer
 from posttrain.rollout.rollout import Sampling
 from posttrain.rollout.transformers import TransformersRollout
 from posttrain.run.progress import Display
@@ -54,7 +58,9 @@ def _answers(
         watching(config.trainer.hang_timeout_seconds) as watchdog,
         join_world(device, device.compute_dtype("float32"), watchdog=watchdog) as world,
         Display(world.is_main, watchdog.alive) as display,
+        ExitStack() as opened,
     ):
+        scorer = world.everyone(lambda: opened.enter_context(open_scorer(config.reward)))
         chat = world.everyone(chat_maker(config))
         sources = world.everyone(lambda: find_sources(list(files), option, data.val_split, data.hub_config))
         problems, report = world.everyone(
@@ -69,7 +75,7 @@ def _answers(
         for line in left_out:
             display.say(line)
         if judged:
-            _check_judged(problems, files, config.reward.name)
+            world.everyone(lambda: _check_judged(problems, files, scorer, ", ".join(config.reward.names)))
         options = config.rollout
         rollout = TransformersRollout(_model(config, world), chat.tokenizer, options.batch_size)
         requests = requests_for(problems, 1, options.max_new_tokens, config.trainer.seed)
@@ -77,18 +83,39 @@ def _answers(
         watchdog.beat("answering", patient=True)
         display.begin_work("answering", -(-len(problems) // world.size))
         completions = answer_all(rollout, requests, sampling, world, display.advance)
+        display.begin_work("judging", None)
+        answers = judge_all(problems, completions, scorer, world, display.advance)
         display.end_work()
-        return judge_all(problems, completions, config.reward.name), world.is_main
+        if judged and world.is_main:
+            for line in _about_rewards(answers):
+                print(line, file=sys.stderr)  # stdout may be the one JSON object
+        return answers, world.is_main
 
 
-def _check_judged(problems: list[Problem], files: Sequence[str], reward_name: str) -> None:
+def _check_judged(problems: list[Problem], files: Sequence[str], scorer: Scorer, rewards: str) -> None:
     """Raise InputError where no answer could be judged, before any is given."""
-    judge = build_reward(reward_name)
-    if all(judge("", problem.ground_truth) == Verdict.UNKNOWN for problem in problems):
+    if not scorer.needs_truth:
+        return
+    silence = Completion(np.zeros(0, np.int32))
+    scores = (scorer.score([answered(problem, silence)])[0] for problem in problems)
+    first = next(scores)
+    if first.verdict is Verdict.UNKNOWN and all(score.verdict is Verdict.UNKNOWN for score in scores):
         raise InputError(
-            f"None of the {len(problems)} rows of {', '.join(files)} can be judged by reward.name={reward_name}: no row has "
-            "a number as reward_model.ground_truth or after a final ####. `posttrain generate` writes answers to look at."
+            f"None of the {len(problems)} rows of {', '.join(files)} can be judged by reward.name={rewards}; the first: "
+            f"{first.problem}. Expected reward_model.ground_truth, or a number after a final #### of the answer. "
+            "`posttrain generate` writes answers to look at."
         )
+
+
+def _about_rewards(answers: list[Answer]) -> Iterator[str]:
+    """The mean of each reward where there are several numbers, and the first of the answers that have none."""
+    names = list(dict.fromkeys(name for answer in answers for name in answer.score.parts))
+    known = {name: [part for a in answers if (part := a.score.parts.get(name)) is not None] for name in names}
+    if len(names) > 1:
+        yield "means: " + ", ".join(f"{name} {np.mean(parts):.4g}" for name, parts in known.items() if parts)
+    problems = [answer.score.problem for answer in answers if answer.score.problem is not None]
+    if problems:
+        yield f"{len(problems):,} answers could not be told, such as: {problems[0]}"
 
 
 def _model(config: Config, world: World) -> Any:

@@ -50,7 +50,7 @@ def _record(line: str, where: str) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"{where} is no JSON: {error}.") from None
     if not isinstance(record, dict) or ("ids" not in record and not any(key in record for key in TEXT_KEYS)):
-        raise InputError(f"{where}: expected an object with `ids` or `text`, such as {{\"row\": 0, \"ids\": [5, 6]}}.")
+        raise InputError(f'{where}: expected an object with `ids` or `text`, such as {{"row": 0, "ids": [5, 6]}}.')
     return record
 
 

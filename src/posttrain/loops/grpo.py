@@ -17,7 +17,7 @@ from posttrain.loops.rollouts import Answering, answers_a_group, open_rollout
 from posttrain.loops.sft import write_gradients
 from posttrain.loops.step_log import StepWork
 from posttrain.loops.training_run import TrainingRun
-from posttrain.loops.validation import validate_answers
+from posttrain.loops.validation import accuracy_of
 from posttrain.rewards.score import open_scorer
 from posttrain.run.progress import Display
 
@@ -62,7 +62,7 @@ def train(run: TrainingRun, learner: Learner, answering: Answering) -> None:
     """Steps until the schedule ends, or something asks to stop."""
     engine, data, trainer = learner.engine, answering.data, run.config.trainer
     if run.step == 0 and trainer.val_before_train:
-        run.judge(engine, validate_answers(engine, answering))
+        run.judge(engine, validate(engine, answering))
     run.begin()
     while run.step < data.schedule.num_steps and not run.stopping:
         answering.rollout.take(engine.named_weights())
@@ -71,9 +71,18 @@ def train(run: TrainingRun, learner: Learner, answering: Answering) -> None:
         if run.due(trainer.sample_freq):
             run.world.on_main(lambda: show_answers(found, run.step, run.display, run.folder))
         if run.due(trainer.test_freq):
-            run.judge(engine, validate_answers(engine, answering))
+            run.judge(engine, validate(engine, answering))
         if run.due(trainer.save_freq):
             run.save(engine)
+
+
+def validate(engine: Engine, answering: Answering) -> dict[str, float]:
+    """Accuracy on the validation problems; empty without any."""
+    data, config = answering.data, answering.config
+    if not data.val:
+        return {}
+    answering.rollout.take(engine.named_weights())
+    return accuracy_of(data.val, answering.rollout, answering.scorer, engine.world, config.rollout, config.trainer.seed)
 
 
 def check_options(config: Config) -> None:
@@ -94,7 +103,10 @@ def check_options(config: Config) -> None:
             f"rollout.max_new_tokens={rollout.max_new_tokens}, the whole answer."
         )
     longest = (data.max_prompt_length or 0) + rollout.max_new_tokens
-    if data.max_tokens_per_gpu is not None and longest > data.max_tokens_per_gpu * config.engine.ulysses_sequence_parallel_size:
+    if (
+        data.max_tokens_per_gpu is not None
+        and longest > data.max_tokens_per_gpu * config.engine.ulysses_sequence_parallel_size
+    ):
         raise InputError(
             f"data.max_tokens_per_gpu={data.max_tokens_per_gpu} does not hold a prompt and an answer of {longest} tokens. Raise it, or "
             "lower rollout.max_new_tokens."

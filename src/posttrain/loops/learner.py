@@ -51,7 +51,7 @@ class Learner:
                 done.append((loss, self.engine.optim_step()))
             else:  # nothing to learn: without a gradient the weights must not move by momentum alone
                 self.engine.skip_step()
-        return StepWork(done, every, 0.0, found.metrics())
+        return StepWork(done, every, 0.0, {**found.metrics(), "kl": None})
 
     def gather_gradients(self, found: Experience, step: int, num_prompts: int) -> LossReport:
         """The gradients of the step's first update, without the update."""
@@ -127,6 +127,7 @@ def policy_gradient(algorithm: AlgorithmOptions) -> PolicyGradient:
         kl_type=algorithm.kl_type,
         entropy_coef=algorithm.entropy_coef,
         rollout_cap=algorithm.rollout_is_cap,
+        has_reference=bool(algorithm.kl_coef),
     )
 
 

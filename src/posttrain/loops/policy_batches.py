@@ -46,7 +46,9 @@ def with_logprobs(
         ends = np.cumsum([len(samples[i]) for i in documents])
         for i, end in zip(documents, ends, strict=True):
             own_T = logprobs_T[end - len(samples[i]) : end]
-            found[i] = np.concatenate([np.zeros(1, np.float32), own_T[:-1]])  # a signal stands at its token, not before it
+            found[i] = np.concatenate(
+                [np.zeros(1, np.float32), own_T[:-1]]
+            )  # a signal stands at its token, not before it
     for others in world.gather(found if world.counts else {}):
         found |= others
     return [replace(s, signals={**s.signals, name: found[i]}) for i, s in enumerate(samples)]

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from posttrain.config.schema import Config
+from posttrain.config.schema import Config, RolloutOptions
 from posttrain.data.formats import Columns
 from posttrain.data.sources import read_rows
+from posttrain.distributed.world import World
 from posttrain.engine.engine import Engine
 from posttrain.engine.export import assemble
-from posttrain.loops.answering import answer_all, judge_all, read_problems, requests_for
+from posttrain.loops.answering import Problem, answer_all, judge_all, read_problems, requests_for
 from posttrain.loops.training_data import TrainingData
-from posttrain.rewards.accuracy import Accuracy
-from posttrain.rollout.rollout import Sampling
+from posttrain.rewards.accuracy import accuracies
+from posttrain.rewards.score import Scorer, open_scorer
+from posttrain.rollout.rollout import Rollout, Sampling
 from posttrain.rollout.transformers import TransformersRollout
 
 
@@ -26,9 +28,25 @@ def validate(engine: Engine, data: TrainingData, config: Config) -> dict[str, fl
     engine.world.watchdog.beat("validation")
     found = {"val_loss": _loss(engine, data)}
     if config.trainer.num_val_generations:
-        accuracy = _accuracy(engine, data, config)
-        found |= {"val_accuracy": accuracy.share, "val_accuracy_low": accuracy.low, "val_accuracy_high": accuracy.high}
+        found |= _accuracy(engine, data, config)
     return found
+
+
+def accuracy_of(
+    problems: list[Problem], rollout: Rollout, scorer: Scorer, world: World, options: RolloutOptions, seed: int
+) -> dict[str, float]:
+    """`val_accuracy` with its interval, with several answers a problem also pass@k. Every process calls this."""
+    world.watchdog.beat("answering", patient=True)
+    requests = requests_for(problems, options.val_n, options.max_new_tokens, seed)
+    sampling = Sampling(options.val_temperature, options.top_p, options.top_k)
+
+    def alive(_: int) -> None:
+        world.watchdog.alive()
+
+    completions = answer_all(rollout, requests, sampling, world, alive)
+    asked = [problem for problem in problems for _ in range(options.val_n)]
+    verdicts = [answer.verdict for answer in judge_all(asked, completions, scorer, world, alive)]
+    return accuracies([verdicts[i : i + options.val_n] for i in range(0, len(verdicts), options.val_n)])
 
 
 def _loss(engine: Engine, data: TrainingData) -> float:
@@ -42,8 +60,7 @@ def _loss(engine: Engine, data: TrainingData) -> float:
     return float(total[0] / total[1])
 
 
-def _accuracy(engine: Engine, data: TrainingData, config: Config) -> Accuracy:
-    engine.world.watchdog.beat("answering", patient=True)
+def _accuracy(engine: Engine, data: TrainingData, config: Config) -> dict[str, float]:
     world = engine.world
     count = config.trainer.num_val_generations
     problems, _ = world.on_main(
@@ -53,9 +70,6 @@ def _accuracy(engine: Engine, data: TrainingData, config: Config) -> Accuracy:
     )
     dtype = world.device.compute_dtype(config.model.dtype)
     model = assemble(engine, dtype, world.device.torch_device)
-    options = config.rollout
-    rollout = TransformersRollout(model, data.chat.tokenizer, options.batch_size, data.end_ids)
-    requests = requests_for(problems, 1, options.max_new_tokens, config.trainer.seed)
-    sampling = Sampling(options.val_temperature, options.top_p, options.top_k)
-    completions = answer_all(rollout, requests, sampling, world, lambda done: world.watchdog.alive())
-    return Accuracy.of([answer.verdict for answer in judge_all(problems, completions, config.reward.name)])
+    rollout = TransformersRollout(model, data.chat.tokenizer, config.rollout.batch_size, data.end_ids)
+    with open_scorer(config.reward) as scorer:
+        return accuracy_of(problems, rollout, scorer, world, config.rollout, config.trainer.seed)

@@ -32,6 +32,7 @@ class PolicyGradient:
     kl_type: str = "k3"
     entropy_coef: float = 0.0
     rollout_cap: float | None = None
+    has_reference: bool = False  # whether samples know it, which `kl_coef` needs
 
     def loss(self) -> Loss:
         return Loss(self.value, measures=self.measures, wants_entropies=True)
@@ -97,8 +98,9 @@ class PolicyGradient:
             "entropy": scored.entropies_T if scored.entropies_T is not None else torch.zeros_like(logprobs_T),
             "clip_share": too_high_T | too_low_T,
             "logprob_gap": (old_logprobs(scored) - scored.signals.get("rollout_logprobs", old_logprobs(scored))).abs(),
-            "kl": DIVERGENCES["k3"](logprobs_T, scored.signals.get("reference_logprobs", logprobs_T)),
         }
+        if self.has_reference:
+            sums["kl"] = DIVERGENCES["k3"](logprobs_T, scored.signals.get("reference_logprobs", logprobs_T))
         return {name: (values_T * trained_T).float().sum() for name, values_T in sums.items()}
 
 

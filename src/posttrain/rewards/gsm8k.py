@@ -10,8 +10,7 @@ import re
 from collections import deque
 from decimal import Decimal
 
-from posttrain.errors import InputError
-from posttrain.rewards.verdict import Reward, Verdict
+from posttrain.rewards.verdict import Verdict
 
 ANSWER_MARK = "####"
 
@@ -20,13 +19,6 @@ _NUMBER = re.compile(r"((?:(?<![\w)])[-−+])?(?:[$€£][-−]?)?)((?:(?<![\w.]
 _WELL_FORMED = re.compile(r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)(?:\.[0-9]+)?")
 # 16-3, 1/2, 10:30 and 1e3 begin with a number but are not that number.
 _GOES_ON = re.compile(r"[ \t]*[-−+*/^:=×÷][ \t]*[$€£]?[.0-9]|[eE][-+]?[0-9]")
-
-
-def build_reward(name: str) -> Reward:
-    """The reward of that name: a function of an answer's text and its ground truth."""
-    if name not in _REWARDS:
-        raise InputError(f"reward.name={name}: there is no such reward. Known are {', '.join(_REWARDS)}.")
-    return _REWARDS[name]
 
 
 def judge_strict(text: str, ground_truth: str | None, mark: str = ANSWER_MARK) -> Verdict:
@@ -44,9 +36,6 @@ def final_answer(text: str, mark: str = ANSWER_MARK) -> str | None:
     """The number after the last `mark`, without currency or thousands commas: what can serve as ground truth."""
     number = _number_after_mark(text, mark)
     return None if number is None else f"{number:f}"
-
-
-_REWARDS: dict[str, Reward] = {"gsm8k_strict": judge_strict, "gsm8k_flexible": judge_flexible}
 
 
 def _compare(number: Decimal | None, ground_truth: str | None) -> Verdict:

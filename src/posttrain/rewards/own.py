@@ -1,0 +1,143 @@
+"""A user's own function, with verl's signature, and what becomes of that which it returns."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import sys
+import traceback
+from collections.abc import Callable
+from functools import partial
+from importlib.util import module_from_spec, spec_from_file_location
+from numbers import Number
+from pathlib import Path
+from typing import Any
+
+from posttrain.errors import InputError
+from posttrain.rewards.verdict import Answered, Outcome, Reward, Verdict
+
+ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
+LONGEST_QUOTE = 300
+
+
+def check_file(path: str) -> None:
+    """Raise InputError where there is no such Python file."""
+    if not Path(path).is_file():
+        raise InputError(
+            f"reward.path={path}: there is no such file{'' if Path(path).is_absolute() else f' in {Path.cwd()}'}. Expected a Python file with a function "
+            f"compute_score({', '.join(ARGUMENTS)}), or another name in reward.name."
+        )
+
+
+def load_function(path: str, name: str, right_at: float) -> Reward:
+    """The function as a reward. Raises InputError where the file does not import or has no such function."""
+    file = str(Path(path).resolve())
+    function = getattr(_module(file), name, None)
+    if not callable(function):
+        there = [key for key, value in vars(_module(file)).items() if inspect.isfunction(value)]
+        raise InputError(
+            f"reward.name={name}: {path} has no such function; it has {', '.join(there) or 'none'}. "
+            "Name it in reward.name, or choose a built-in reward."
+        )
+    _check_arguments(function, f"reward.name={name} of {path}")
+    return partial(_ask, function, right_at, file)
+
+
+def where(error: BaseException, file: str) -> str:
+    """What was raised, and the last line of the file that it passed through."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if frame.filename == file]
+    line = error.lineno if isinstance(error, SyntaxError) and error.filename == file else None
+    line = line or (own[-1].lineno if own else None)
+    return f"{type(error).__name__}: {error}"[:LONGEST_QUOTE] + (f" (line {line} of {Path(file).name})" if line else "")
+
+
+def outcome_of(value: Any, right_at: float) -> Outcome:
+    """A returned number, or a dict with `score`, as an outcome; anything else is could-not-tell."""
+    details: dict[str, float] = {}
+    accuracy: Any = None
+    if isinstance(value, dict):
+        if "score" not in value:
+            return Outcome.unknown(
+                f"it returned a dict without 'score', with {', '.join(map(str, value))[:60] or 'nothing'}"
+            )
+        numbers = {str(key): _number(extra) for key, extra in value.items() if key != "score"}
+        details = {key: number for key, number in numbers.items() if number is not None}
+        value, accuracy = value["score"], details.get("acc")
+    score = _number(value)
+    if score is None:
+        return Outcome.unknown(f"it returned {_shown(value)}, expected a finite number or a dict with one as 'score'")
+    is_right = score >= right_at if accuracy is None else accuracy >= 1
+    return Outcome(score, Verdict.RIGHT if is_right else Verdict.WRONG, details=details)
+
+
+def _ask(function: Callable[..., Any], right_at: float, file: str, answer: Answered) -> Outcome:
+    try:
+        value = function(
+            data_source=answer.data_source,
+            solution_str=answer.text,
+            ground_truth=answer.ground_truth,
+            extra_info=answer.extra_info,
+        )
+        return outcome_of(value, right_at)
+    except BaseException as error:  # sys.exit() of a reward is no reason to end a run
+        return Outcome.unknown(f"it raised {where(error, file)}")
+
+
+def _module(file: str) -> Any:
+    """The file, imported once in this process."""
+    name = f"reward_file_{Path(file).stem}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise InputError(f"reward.path={file}: expected a Python file, whose name ends in .py.")
+    module = module_from_spec(spec)
+    sys.modules[name] = module
+    sys.path.insert(0, str(Path(file).parent))
+    try:
+        spec.loader.exec_module(module)
+    except BaseException as error:
+        raise InputError(f"reward.path={file} cannot be imported: {where(error, file)}.") from None
+    return module
+
+
+def _check_arguments(function: Callable[..., Any], named: str) -> None:
+    if inspect.iscoroutinefunction(function):
+        raise InputError(f"{named} is async; expected a plain function, which runs in a process of its own anyway.")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # of a function written in C, which has none
+        return
+    try:
+        signature.bind(**dict.fromkeys(ARGUMENTS))
+    except TypeError as error:
+        raise InputError(
+            f"{named} takes {signature}: {error}. Expected ({', '.join(ARGUMENTS)}), which are given by name."
+        ) from None
+
+
+def _number(value: Any) -> float | None:
+    """A finite number as float, of numpy and torch too; None for anything else."""
+    if not isinstance(value, Number) and getattr(value, "ndim", None) == 0:
+        value = value.item()
+    if not isinstance(value, Number):
+        return None
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, OverflowError):  # complex, or beyond floats
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _shown(value: Any) -> str:
+    """As a person says it: nan, the text 'yes', a list."""
+    if value is None:
+        return "None"
+    if isinstance(value, str):
+        return f"the text {value[:60]!r}"
+    return (
+        f"{value} ({type(value).__name__})"[:LONGEST_QUOTE]
+        if isinstance(value, Number)
+        else f"a {type(value).__name__}"
+    )
