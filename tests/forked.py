@@ -20,7 +20,7 @@ WARM = [
     "torch.distributed.tensor", "transformers.models.auto.modeling_auto", "transformers.models.qwen2.modeling_qwen2",
     "transformers.models.qwen2.tokenization_qwen2", "transformers.generation", "safetensors.torch", "pyarrow.parquet",
     "hydra.core.override_parser.overrides_parser", "omegaconf", "fsspec", "numpy.ma", "rich._emoji_codes",
-    "posttrain.cli.app", "posttrain.loops.sft", "posttrain.config.compose",
+    "posttrain.cli.app", "posttrain.loops.sft", "posttrain.loops.grpo", "posttrain.config.compose",
 ]  # fmt: skip
 SECONDS = 120  # longer than anything here should ever take
 
@@ -96,6 +96,14 @@ def sft(rank: int, size: int, options: list[str], die: Moment | None = None, row
     if die is not None and die.rank == rank:
         _die_at(die)
     sys.argv = ["posttrain", "sft", *options]
+    cli.main()
+
+
+def command(rank: int, size: int, arguments: list[str]) -> None:
+    """`posttrain ARGUMENTS`."""
+    from posttrain import cli
+
+    sys.argv = ["posttrain", *arguments]
     cli.main()
 
 

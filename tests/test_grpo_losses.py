@@ -163,7 +163,7 @@ def test_divergence_and_entropy_are_added_with_their_weights(kind):
 
 
 def test_rollout_weights_are_truncated_and_carry_no_gradient():
-    given, logprobs, signals = scored()
+    given, _logprobs, signals = scored()
     weights = PolicyGradient(rollout_cap=1.05).rollout_weights(given)
     expected = (signals["old_logprobs"] - signals["rollout_logprobs"]).exp().clamp(max=1.05)
     torch.testing.assert_close(weights, expected)

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from posttrain.config.schema import AlgorithmOptions
+from posttrain.loops.answering import Problem
 from posttrain.losses.advantage import groups, has_signal
 from posttrain.losses.aggregation import token_weights
-from posttrain.loops.answering import Problem
 from posttrain.records import Completion, Sample
 from posttrain.rewards.score import Score
 from posttrain.rewards.verdict import Verdict

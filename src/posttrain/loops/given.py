@@ -12,6 +12,7 @@ answer or response; it is what is judged.
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -101,5 +102,5 @@ def _segments(ids_T: np.ndarray, logprobs_T: np.ndarray | None, trained: Any, wh
     borders = [0, *(np.flatnonzero(np.diff(trained_T)) + 1).tolist(), len(ids_T)]
     return [
         Segment(ids_T[a:b], None if logprobs_T is None or not trained_T[a] else logprobs_T[a:b], bool(trained_T[a]))
-        for a, b in zip(borders[:-1], borders[1:], strict=True)
+        for a, b in itertools.pairwise(borders)
     ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from posttrain.config.schema import Config
 from posttrain.distributed.device import choose_device
 from posttrain.distributed.watchdog import watching
@@ -9,13 +11,12 @@ from posttrain.distributed.world import join_world
 from posttrain.engine.build import build_engine, build_reference, kept_dtype
 from posttrain.engine.engine import Engine
 from posttrain.errors import InputError
-from posttrain.loops.learner import Learner
 from posttrain.loops.answers_shown import show_answers
 from posttrain.loops.given import read_completions
+from posttrain.loops.learner import Learner
 from posttrain.loops.prompts import describe_prompts, open_prompts, prompt_report, updates_of
 from posttrain.loops.rollouts import Answering, answers_a_group, open_rollout
 from posttrain.loops.sft import write_gradients
-from posttrain.loops.step_log import StepWork
 from posttrain.loops.training_run import TrainingRun
 from posttrain.loops.validation import accuracy_of
 from posttrain.rewards.score import open_scorer
@@ -69,7 +70,7 @@ def train(run: TrainingRun, learner: Learner, answering: Answering) -> None:
         found = answering.step(run.step)
         run.record(learner.learn(found, run.step, len(data.schedule.rows(run.step))))
         if run.due(trainer.sample_freq):
-            run.world.on_main(lambda: show_answers(found, run.step, run.display, run.folder))
+            run.world.on_main(partial(show_answers, found, run.step, run.display, run.folder))
         if run.due(trainer.test_freq):
             run.judge(engine, validate(engine, answering))
         if run.due(trainer.save_freq):

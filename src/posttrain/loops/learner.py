@@ -39,7 +39,9 @@ class Learner:
         sharing = config.engine.ulysses_sequence_parallel_size
         max_rows = data.micro_batch_size_per_gpu if data.packing else 1
         self.limits = Limits(max_rows, max_tokens and max_tokens * sharing)
-        self.loss = policy_gradient(config.algorithm).loss()
+        gradient = policy_gradient(config.algorithm)
+        self.loss = gradient.loss()
+        self.loss_of_all = bool(gradient.kl_coef or gradient.entropy_coef)  # answers without advantage too
 
     def learn(self, found: Experience, step: int, num_prompts: int) -> StepWork:
         """Make the updates of a step of so many prompts, those that were left out included."""
@@ -89,8 +91,17 @@ class Learner:
             stream = np.random.Generator(np.random.Philox(key=[self.seed, (epoch << 32) + step]))
             order = stream.permutation(num_groups) if epoch else np.arange(num_groups)
             parts = parts_of(num_prompts, self.mini_batch_size)
-            updates += plan_updates(found, usable_N, parts, algorithm.loss_agg_mode, self.constant_length, order)
+            planned = plan_updates(found, usable_N, parts, algorithm.loss_agg_mode, self.constant_length, order)
+            updates += [self._that_move(update, gains_N) for update in planned]
         return updates, gains_N
+
+    def _that_move(self, update: Update, gains_N: np.ndarray) -> Update:
+        """Without the answers whose gradient is zero: they count in the total weight, and need no forward pass."""
+        if self.loss_of_all:
+            return update
+        moving = gains_N[update.numbers] != 0
+        numbers = [i for i, moves in zip(update.numbers, moving, strict=True) if moves]
+        return replace(update, numbers=numbers, weights=update.weights[moving])
 
     def _scored(self, samples: dict[int, list[Sample]], name: str) -> dict[int, list[Sample]]:
         """The samples with log-probabilities of the policy as it is now, or of the reference."""

@@ -1,0 +1,232 @@
+"""GRPO runs as a person starts them: the same gradients in any layout, current weights, resuming, what they say and write."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import forked
+from conftest import records
+from tiny import worst_gap
+
+REWARD = '''
+def share_of_digits(data_source, solution_str, ground_truth, extra_info):
+    """More digits, more reward: something that a random model can learn in a few steps."""
+    return sum(c.isdigit() for c in solution_str) / max(len(solution_str), 1)
+'''
+
+
+@pytest.fixture(scope="module")
+def folder(tiny, tmp_path_factory):
+    """With a short SFT run to go on from, a reward, and given answers to the first step's prompts."""
+    forked.start_server()
+    folder = tmp_path_factory.mktemp("grpo")
+    (folder / "reward.py").write_text(REWARD)
+    options = [
+        f"data.train_files={tiny / 'train.parquet'}", f"data.cache_dir={folder / 'cache'}", f"model.path={tiny / 'model'}",
+        f"trainer.default_local_dir={folder / 'sft'}", "trainer.total_training_steps=3", "optim.lr=1e-3",
+    ]  # fmt: skip
+    run(["sft", *options], folder)
+    return folder
+
+
+def run(arguments, folder, size=1, code=0):
+    said = folder / "said"
+    group = forked.start(forked.command, size, [str(a) for a in arguments], said=said)
+    codes = group.wait()
+    assert codes == [code] * size, group.output()
+    assert "Traceback" not in group.output(), group.output()
+    return group.output()
+
+
+def options(tiny, folder, name, **more):
+    given = {
+        "algorithm.adv_estimator": "grpo", "model.path": folder / "sft", "data.train_files": tiny / "train.parquet",
+        "data.train_batch_size": 8, "rollout.n": 4, "rollout.max_new_tokens": 12, "trainer.total_training_steps": 4,
+        "reward.path": folder / "reward.py", "reward.name": "share_of_digits", "optim.lr": 3e-3, "trainer.save_freq": -1,
+        "trainer.default_local_dir": folder / name,
+    }  # fmt: skip
+    given |= {key.replace("__", "."): value for key, value in more.items()}
+    return ["grpo", *(f"{key}={value}" for key, value in given.items() if value is not None)]
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, folder):
+    """Six steps of full fine-tuning, with validation."""
+    said = run(
+        options(tiny, folder, "full", trainer__total_training_steps=6, data__val_files=tiny / "test.parquet",
+                trainer__test_freq=3, trainer__num_val_generations=10, rollout__val_n=4, rollout__val_temperature=1.0,
+                trainer__sample_freq=3, trainer__save_freq=3),
+        folder,
+    )  # fmt: skip
+    return folder / "full", said
+
+
+def test_a_run_from_an_sft_folder_earns_more_and_says_so(finished):
+    path, said = finished
+    rollout, train = records(path, "rollout"), records(path)
+    assert [r["step"] for r in rollout] == [r["step"] for r in train] == [1, 2, 3, 4, 5, 6]
+    assert rollout[-1]["reward_mean"] > rollout[0]["reward_mean"] + 0.05
+    keys = {
+        "reward_mean", "reward_std", "no_signal_share", "truncated_share", "kl", "clip_share", "entropy", "logprob_gap",
+        "rewards_unknown", "rollout_seconds", "train_seconds", "reward_seconds", "answer_tokens_mean",
+        "rollout_tokens_per_second",
+    }  # fmt: skip
+    assert all(keys <= r.keys() for r in rollout)
+    assert all(0 <= r["truncated_share"] <= 1 and r["rewards_unknown"] == 0 and r["kl"] is None for r in rollout)
+    assert all(0 < r["entropy"] < math.log(600) and r["clip_share"] == 0 for r in rollout)
+    val = records(path, "val")
+    assert [r["step"] for r in val] == [0, 3, 6]
+    assert all({"val_accuracy", "val_accuracy_low", "val_pass_at_2", "val_pass_at_4"} <= r.keys() for r in val)
+    assert "6 steps of 8 prompts x 4 answers of at most 12 tokens, 6 updates" in said
+    assert "reward " in said and (path / "checkpoint-final" / "model.safetensors").exists()
+    lines = [json.loads(line) for line in (path / "samples" / "step-3.jsonl").read_text().splitlines()]
+    assert len(lines) == 32 and len({line["row"] for line in lines}) == 8
+    assert all(len(line["ids"]) == len(line["logprobs"]) <= 12 for line in lines)
+    assert json.loads((path / "run.json").read_text())["status"] == "finished"
+
+
+def test_rollouts_have_the_log_probabilities_of_the_current_weights(finished, tiny, folder):
+    full = records(finished[0], "rollout")
+    run(options(tiny, folder, "lora", model__lora_rank=4, model__lora_alpha=16, optim__lr=3e-2), folder)
+    lora = records(folder / "lora", "rollout")
+    assert max(r["logprob_gap"] for r in full + lora) < 1e-4
+    assert lora[-1]["reward_mean"] > lora[0]["reward_mean"]
+    assert (folder / "lora" / "checkpoint-final" / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_stale_weights_show_in_the_gap(tiny, folder):
+    said = folder / "said"
+    group = forked.start(stale, 1, options(tiny, folder, "stale", model__lora_rank=4, optim__lr=3e-2), said=said)
+    assert group.wait() == [0], group.output()
+    assert records(folder / "stale", "rollout")[-1]["logprob_gap"] > 1e-2
+
+
+def stale(rank, size, arguments):
+    from posttrain.rollout.transformers import TransformersRollout
+
+    TransformersRollout.take = lambda self, weights: None
+    forked.command(rank, size, arguments)
+
+
+def test_two_processes_and_resuming_give_the_same_answers_and_weights(finished, tiny, folder):
+    """Stopped after three steps and gone on with: bit for bit on one process, the same answers on two."""
+    path, _ = finished
+    short = options(tiny, folder, "resumed", trainer__total_training_steps=3, trainer__sample_freq=3)
+    run(short, folder)
+    run(options(tiny, folder, "resumed", trainer__total_training_steps=6, trainer__sample_freq=3), folder)
+    assert weights(folder / "resumed").keys() == weights(path).keys()
+    assert all(torch.equal(weight, weights(path)[name]) for name, weight in weights(folder / "resumed").items())
+    keys = ("reward_mean", "entropy", "truncated_share")
+    expected = [[r[key] for key in keys] for r in records(path, "rollout")]
+    assert [[r[key] for key in keys] for r in records(folder / "resumed", "rollout")] == expected
+
+    run(options(tiny, folder, "two", trainer__total_training_steps=6, trainer__sample_freq=3), folder, size=2)
+    found = [[r[key] for key in keys] for r in records(folder / "two", "rollout")]
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    assert answers(folder / "two") == answers(path)
+    assert worst_gap(weights(folder / "two"), weights(path)) < 1e-3
+
+
+def weights(path: Path):
+    return load_file(path / "checkpoint-final" / "model.safetensors")
+
+
+def answers(path: Path):
+    lines = map(json.loads, (path / "samples" / "step-6.jsonl").read_text().splitlines())
+    return [(line["row"], line["ids"]) for line in lines]
+
+
+LAYOUTS = {
+    "two processes": (2, {}),
+    "rows shared": (2, {"engine__ulysses_sequence_parallel_size": 2}),
+    "one answer at a time": (1, {"data__micro_batch_size_per_gpu": 1}),
+    "unpacked": (1, {"data__packing": "false"}),
+    "few tokens": (2, {"data__max_tokens_per_gpu": 128}),
+}
+LOSSES = {
+    "grpo": {
+        "algorithm__kl_coef": 0.1,
+        "algorithm__entropy_coef": 0.01,
+        "algorithm__loss_agg_mode": "seq-mean-token-mean",
+    },
+    "gspo": {"algorithm__policy_loss": "gspo", "algorithm__ppo_mini_batch_size": 4, "algorithm__adv_estimator": "rloo"},
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradients_of_given_answers_do_not_depend_on_the_layout(finished, tiny, folder, loss):
+    """The answers of a step that a run wrote, whose policy has moved since: ratios are not one."""
+    given = finished[0] / "samples" / "step-3.jsonl"
+
+    def gradients(name, size=1, **layout):
+        file = folder / f"{name}.safetensors"
+        more = ["--completions", given, "--dump_gradients", file]
+        run([*options(tiny, folder, f"{loss}-{name}", **LOSSES[loss], **layout), *more], folder, size)
+        return load_file(file)
+
+    # the step takes the prompts that were answered: batches hold all of them
+    whole = {"data__train_batch_size": 200, "trainer__total_training_steps": 1}
+    expected = gradients("alone", **whole)
+    assert sum(float(g.norm()) for g in expected.values()) > 1e-3
+    for name, (size, layout) in LAYOUTS.items():
+        assert worst_gap(gradients(name, size, **whole, **layout), expected) < 1e-4, name
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rollout__n": 1}, "a group of one has none"),
+        ({"rollout__temperature": 0}, "the same answer again and again"),
+        ({"data__max_prompt_length": 5}, "more than data.max_prompt_length=5"),
+        ({"algorithm__ppo_mini_batch_size": 9}, "both count prompts"),
+        ({"algorithm__overlong_buffer_tokens": 13}, "the whole answer"),
+        ({"data__max_tokens_per_gpu": 11}, "does not hold a prompt and an answer"),
+        ({"data__max_prompt_length": 5, "data__truncation": "drop"}, "no row can be asked"),
+        ({"reward__name": "share_of_digit"}, "share_of_digits"),
+    ],
+    ids=str,
+)
+def test_wrong_options_are_said_before_a_model_is_loaded(tiny, folder, changes, said):
+    assert said in run(options(tiny, folder, "wrong", **changes), folder, code=2)
+    assert not list((folder / "wrong").glob("checkpoint-*"))
+
+
+def test_everything_at_once(tiny, folder):
+    """Two updates a step twice over, filtering with refills, shaping, KL in the reward, dual clip: the numbers stay finite."""
+    said = run(
+        options(tiny, folder, "all", algorithm__ppo_mini_batch_size=4, algorithm__ppo_epochs=2, algorithm__dual_clip=3.0,
+                algorithm__filter_groups="true", algorithm__max_num_gen_batches=2, algorithm__overlong_buffer_tokens=6,
+                algorithm__kl_coef=0.01, algorithm__kl_in="reward", algorithm__kl_type="k1", rollout__top_p=0.9,
+                rollout__temperature=0.8, algorithm__policy_loss="cispo", algorithm__mask_truncated="true"),
+        folder, size=2,
+    )  # fmt: skip
+    assert "16 updates of the weights" in said and "the divergence from a copy of the model as it is now" in said
+    rollout = records(folder / "all", "rollout")
+    assert len(rollout) == 4 and all(math.isfinite(r["reward_mean"]) for r in rollout)
+    assert 0 < rollout[-1]["kl"] < 1 and max(r["logprob_gap"] for r in rollout) < 1e-4
+
+
+def test_answers_without_a_known_reward_are_counted_and_not_learnt_from(tiny, folder):
+    (folder / "moody.py").write_text(
+        "def compute_score(data_source, solution_str, ground_truth, extra_info):\n"
+        "    if len(solution_str) % 2: raise ValueError('odd')\n    return float(len(solution_str))\n"
+    )
+    changes = {"reward__path": folder / "moody.py", "reward__name": "compute_score", "trainer__total_training_steps": 2}
+    run(options(tiny, folder, "moody", **changes), folder)
+    found = records(folder / "moody", "rollout")
+    assert all(0 < r["rewards_unknown"] < 32 and r["reward_mean"] > 1 for r in found)
+    (folder / "broken.py").write_text("def compute_score(*given):\n    return 'much'\n")
+    changes = {
+        "reward__path": folder / "broken.py",
+        "reward__name": "compute_score",
+        "trainer__total_training_steps": 2,
+    }
+    before = run(options(tiny, folder, "broken", **changes), folder)
+    assert [r["rewards_unknown"] for r in records(folder / "broken", "rollout")] == [32, 32], before
+    sft, broken = (load_file(folder / name / "checkpoint-final" / "model.safetensors") for name in ("sft", "broken"))
+    assert all(torch.equal(weight, broken[name]) for name, weight in sft.items())
