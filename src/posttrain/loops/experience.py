@@ -32,8 +32,6 @@ class Experience:
     scores: list[Score]
     rewards_N: np.ndarray  # float64, with what lengths and divergence take off
     seconds: dict[str, float] = field(default_factory=dict)
-    num_asked: int = 0  # groups, those that were left out included
-    num_without_signal: int = 0
 
     def __len__(self) -> int:
         return len(self.completions)
@@ -42,6 +40,11 @@ class Experience:
     def signal_N(self) -> np.ndarray:
         """Whether (bool, N) anything can be learnt from the answer's group."""
         return has_signal(self.rewards_N, self.prompts_N)
+
+    @property
+    def num_with_signal(self) -> int:
+        """Groups of which something can be learnt."""
+        return len(np.unique(self.prompts_N[self.signal_N]))
 
     def taken(self, chosen_N: np.ndarray) -> Experience:
         """The answers with these numbers or this mask."""
@@ -68,8 +71,6 @@ class Experience:
             [*self.scores, *other.scores],
             np.concatenate([self.rewards_N, other.rewards_N]),
             {name: self.seconds[name] + other.seconds[name] for name in self.seconds},
-            self.num_asked + other.num_asked,
-            self.num_without_signal + other.num_without_signal,
         )
 
     def metrics(self) -> dict[str, float | None]:
@@ -80,13 +81,14 @@ class Experience:
         judged = sum(verdict is not Verdict.UNKNOWN for verdict in verdicts)
         right = sum(verdict is Verdict.RIGHT for verdict in verdicts)
         seconds = self.seconds.get("rollout", 0.0)
+        num_groups = len(np.unique(self.prompts_N))
         parts = {name for score in self.scores for name in score.parts}
         return {
             "reward_mean": _mean(known_N),
             "reward_std": float(known_N.std()) if len(known_N) else None,
             "right_share": right / judged if judged else None,
             "rewards_unknown": sum(score.reward is None for score in self.scores),
-            "no_signal_share": self.num_without_signal / self.num_asked if self.num_asked else None,
+            "no_signal_share": 1 - self.num_with_signal / num_groups if num_groups else None,
             "answer_tokens_mean": _mean(lengths_N),
             "answer_tokens_max": int(lengths_N.max(initial=0)),
             "truncated_share": _mean(np.array([not completion.stopped for completion in self.completions])),
@@ -113,18 +115,8 @@ def experience(
             lengths_N, max_new_tokens, algorithm.overlong_buffer_tokens, algorithm.overlong_penalty
         )
     prompts_N = np.array([number for number, _ in problems], dtype=np.int64)
-    signal_N = has_signal(rewards_N, prompts_N)
-    asked = groups(prompts_N)
-    return Experience(
-        [problem for _, problem in problems],
-        prompts_N,
-        list(completions),
-        list(scores),
-        rewards_N,
-        seconds,
-        len(asked),
-        sum(not signal_N[members[0]] for members in asked),
-    )
+    asked = [problem for _, problem in problems]
+    return Experience(asked, prompts_N, list(completions), list(scores), rewards_N, seconds)
 
 
 def overlong_penalty(lengths_N: np.ndarray, max_new_tokens: int, buffer: int, penalty: float) -> np.ndarray:

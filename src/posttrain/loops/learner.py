@@ -62,6 +62,8 @@ class Learner:
 
     def _batches(self, found: Experience, step: int, num_prompts: int) -> list[tuple[list[MicroBatch], Update]]:
         """This process's micro-batches of each update."""
+        if self.algorithm.filter_groups:
+            found = found.taken(found.signal_N).first_groups(num_prompts)
         samples = {i: samples_of(i, completion) for i, completion in enumerate(found.completions)}
         if self.reference:
             samples = self._scored(samples, REFERENCE)

@@ -49,21 +49,19 @@ class Answering:
     given: dict[int, list[Completion]] | None = None  # completions to use instead, by the number of their prompt
 
     def step(self, step: int) -> Experience:
-        """The answers of a step: a function of the weights, the seed and the step. With algorithm.filter_groups those of groups
-        without signal are left out, and up to algorithm.max_num_gen_batches further batches of prompts make up for them."""
+        """The answers of a step: a function of the weights, the seed and the step. With algorithm.filter_groups up to
+        algorithm.max_num_gen_batches batches of prompts are asked, until as many groups as wanted have a signal."""
         algorithm = self.config.algorithm
         found = self._batch(self.data.problems(step), step)
         if not algorithm.filter_groups:
             return found
         wanted = len(self.data.schedule.rows(step))
-        kept = found.taken(found.signal_N)
         for extra in range(1, algorithm.max_num_gen_batches):
-            missing = wanted - (kept.num_asked - kept.num_without_signal)
-            if missing <= 0:
+            if found.num_with_signal >= wanted:
                 break
-            more = self._batch(self.data.problems(step, extra), step)
-            kept = kept.joined(more.taken(more.signal_N))
-        return kept.first_groups(wanted)
+            more = self.data.problems(step, extra)
+            found = found.joined(self._batch(more, step)) if more else found
+        return found
 
     def _batch(self, problems: Sequence[tuple[int, Problem]], step: int) -> Experience:
         config, world = self.config, self.world

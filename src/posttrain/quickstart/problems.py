@@ -20,6 +20,9 @@ OPERANDS = range(2, 13)
 FACTORS = range(2, 7)
 RESULTS = range(2, 101)  # never 1, so that every noun is plural
 SHARE_OF_TWO_STEPS = 0.6
+SHARE_OF_BARE_ANSWERS = (
+    0.6  # of those that are shown: the result alone, so that showing one's working is left to be found
+)
 MAX_DRAWS_PER_PROBLEM = 100
 
 GIRLS = ("Anna", "Ella", "Emma", "Julia", "Lily", "Maria", "Mia", "Sara")
@@ -73,12 +76,22 @@ class Problem:
     answer: str
 
 
-def write_problems(folder: Path, num_train: int, num_test: int, seed: int) -> None:
-    """Write train.jsonl and test.jsonl, with no question twice in either or in both."""
-    problems = make_problems(num_train + num_test, seed)
+def write_problems(folder: Path, num_train: int, num_prompts: int, num_test: int, seed: int) -> None:
+    """Write train.jsonl, to learn from by imitation, prompts.jsonl, to be answered, and test.jsonl, with no question twice in any.
+
+    Of the answers in train.jsonl many give the result alone; all others show the working.
+    """
+    problems = make_problems(num_test + num_train + num_prompts, seed)
+    rng = random.Random(seed)
+    shown = [_bare(p) if rng.random() < SHARE_OF_BARE_ANSWERS else p for p in problems[num_test : num_test + num_train]]
     folder.mkdir(parents=True, exist_ok=True)
     _write_lines(folder / "test.jsonl", problems[:num_test])
-    _write_lines(folder / "train.jsonl", problems[num_test:])
+    _write_lines(folder / "train.jsonl", shown)
+    _write_lines(folder / "prompts.jsonl", problems[num_test + num_train :])
+
+
+def _bare(problem: Problem) -> Problem:
+    return Problem(problem.question, problem.answer.splitlines()[-1])
 
 
 def make_problems(num_problems: int, seed: int) -> list[Problem]:

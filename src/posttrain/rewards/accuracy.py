@@ -86,3 +86,26 @@ def accuracies(verdicts: Sequence[Sequence[Verdict]]) -> dict[str, float]:
         chances = [pass_at_k(sum(group), len(group), k) for group in judged]
         found[f"val_pass_at_{k}"] = sum(chances) / len(chances)
     return found
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much better the second of two models is on the same problems, with the 95% interval of the mean."""
+
+    mean: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, before: Sequence[Verdict], after: Sequence[Verdict]) -> Difference:
+        """Paired by problem; what one of the two could not be judged on is left out."""
+        pairs = [pair for pair in zip(before, after, strict=True) if Verdict.UNKNOWN not in pair]
+        gains = [(b is Verdict.RIGHT) - (a is Verdict.RIGHT) for a, b in pairs]
+        if len(gains) < 2:
+            return cls(math.nan, math.nan, math.nan)
+        mean = sum(gains) / len(gains)
+        error = math.sqrt(sum((gain - mean) ** 2 for gain in gains) / (len(gains) - 1) / len(gains))
+        return cls(mean, mean - Z_95 * error, mean + Z_95 * error)
+
+    def __str__(self) -> str:
+        return f"{100 * self.mean:+.1f} points (95% interval {100 * self.low:+.1f} to {100 * self.high:+.1f})"
