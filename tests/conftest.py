@@ -30,7 +30,7 @@ def tiny(tmp_path_factory) -> Path:
     from posttrain.quickstart.tiny import write_tiny_model
 
     folder = tmp_path_factory.mktemp("tiny")
-    write_problems(folder / "problems", 200, 40, seed=0)
+    write_problems(folder / "problems", 200, 8, 40, seed=0)
     prepare_gsm8k(str(folder / "problems"), str(folder))
     texts = [text for p in make_problems(300, seed=1) for text in (p.question, p.answer)]
     write_tiny_model(folder / "model", texts, seed=0)

@@ -113,31 +113,39 @@ def stale(rank, size, arguments):
     forked.command(rank, size, arguments)
 
 
-def test_two_processes_and_resuming_give_the_same_answers_and_weights(finished, tiny, folder):
-    """Stopped after three steps and gone on with: bit for bit on one process, the same answers on two."""
+def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(finished, tiny, folder):
     path, _ = finished
-    short = options(tiny, folder, "resumed", trainer__total_training_steps=3, trainer__sample_freq=3)
-    run(short, folder)
+    run(options(tiny, folder, "resumed", trainer__total_training_steps=3, trainer__sample_freq=3), folder)
     run(options(tiny, folder, "resumed", trainer__total_training_steps=6, trainer__sample_freq=3), folder)
-    assert weights(folder / "resumed").keys() == weights(path).keys()
-    assert all(torch.equal(weight, weights(path)[name]) for name, weight in weights(folder / "resumed").items())
-    keys = ("reward_mean", "entropy", "truncated_share")
-    expected = [[r[key] for key in keys] for r in records(path, "rollout")]
-    assert [[r[key] for key in keys] for r in records(folder / "resumed", "rollout")] == expected
+    expected = weights(path)
+    assert weights(folder / "resumed").keys() == expected.keys()
+    assert all(torch.equal(weight, expected[name]) for name, weight in weights(folder / "resumed").items())
+    assert [told(r) for r in records(folder / "resumed", "rollout")] == [told(r) for r in records(path, "rollout")]
+    assert answers(folder / "resumed", 6) == answers(path, 6)
 
-    run(options(tiny, folder, "two", trainer__total_training_steps=6, trainer__sample_freq=3), folder, size=2)
-    found = [[r[key] for key in keys] for r in records(folder / "two", "rollout")]
+
+def test_two_processes_give_the_same_answers_also_after_resuming(tiny, folder):
+    """At a rate so low that rounding stays rounding: AdamW makes much of small gradients."""
+    slow = {"optim__lr": 1e-5, "trainer__sample_freq": 1}
+    run(options(tiny, folder, "one", **slow), folder)
+    run(options(tiny, folder, "two", **slow, trainer__total_training_steps=2), folder, size=2)
+    run(options(tiny, folder, "two", **slow), folder, size=2)
+    found, expected = ([told(r) for r in records(folder / name, "rollout")] for name in ("two", "one"))
     np.testing.assert_allclose(found, expected, rtol=1e-4)
-    assert answers(folder / "two") == answers(path)
-    assert worst_gap(weights(folder / "two"), weights(path)) < 1e-3
+    assert all(answers(folder / "two", step) == answers(folder / "one", step) for step in (1, 2, 3, 4))
+    assert worst_gap(weights(folder / "two"), weights(folder / "one")) < 1e-4
+
+
+def told(record):
+    return [record[key] for key in ("reward_mean", "entropy", "truncated_share")]
 
 
 def weights(path: Path):
     return load_file(path / "checkpoint-final" / "model.safetensors")
 
 
-def answers(path: Path):
-    lines = map(json.loads, (path / "samples" / "step-6.jsonl").read_text().splitlines())
+def answers(path: Path, step: int):
+    lines = map(json.loads, (path / "samples" / f"step-{step}.jsonl").read_text().splitlines())
     return [(line["row"], line["ids"]) for line in lines]
 
 
@@ -220,7 +228,7 @@ def test_answers_without_a_known_reward_are_counted_and_not_learnt_from(tiny, fo
     run(options(tiny, folder, "moody", **changes), folder)
     found = records(folder / "moody", "rollout")
     assert all(0 < r["rewards_unknown"] < 32 and r["reward_mean"] > 1 for r in found)
-    (folder / "broken.py").write_text("def compute_score(*given):\n    return 'much'\n")
+    (folder / "broken.py").write_text("def compute_score(**given):\n    return 'much'\n")
     changes = {
         "reward__path": folder / "broken.py",
         "reward__name": "compute_score",

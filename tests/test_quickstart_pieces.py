@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from posttrain.quickstart.tiny import write_tiny_model
 from posttrain.rewards.gsm8k import final_answer, judge_strict
 from posttrain.rewards.verdict import Verdict
 
-STEP = re.compile(r"(\d+)([-+*/])(\d+)=<<(\1\2\3)=(\d+)>>(\5)")
+STEP = re.compile(r"(\d+)([-+*/])(\d+)=(\d+)")
 RESULT: dict[str, Callable[[int, int], float]] = {
     "+": lambda a, b: a + b,
     "-": lambda a, b: a - b,
@@ -49,9 +50,9 @@ def test_every_step_of_every_answer_is_right_and_the_last_is_the_answer() -> Non
         for step in steps:
             found = STEP.fullmatch(step)
             assert found is not None, step
-            assert RESULT[found[2]](int(found[1]), int(found[3])) == int(found[5]) > 0
+            assert RESULT[found[2]](int(found[1]), int(found[3])) == int(found[4]) > 0
             assert found[3] in re.findall(r"\d+", problem.question)
-        assert last == f"#### {found[5]}"
+        assert last == f"#### {found[4]}"
         assert judge_strict(problem.answer, final_answer(problem.answer)) is Verdict.RIGHT
 
 
@@ -83,11 +84,17 @@ def test_more_problems_than_there_are_is_an_error(monkeypatch: pytest.MonkeyPatc
 
 
 def test_written_problems_are_disjoint_and_prepare_reads_them(tmp_path: Path) -> None:
-    write_problems(tmp_path / "problems", num_train=500, num_test=100, seed=0)
-    train, test = (read_lines(tmp_path / f"problems/{split}.jsonl") for split in ("train", "test"))
-    assert (len(set(train)), len(set(test)), len(set(train) & set(test))) == (500, 100, 0)
-    write_problems(tmp_path / "more", num_train=900, num_test=100, seed=0)
-    assert read_lines(tmp_path / "more/test.jsonl") == test  # the test does not depend on how much is trained
+    def written(folder: str, num_train: int) -> list[list[str]]:
+        write_problems(tmp_path / folder, num_train, num_prompts=50, num_test=100, seed=0)
+        return [read_lines(tmp_path / folder / f"{name}.jsonl") for name in ("train", "prompts", "test")]
+
+    train, prompts, test = written("problems", 500)
+    questions = [{json.loads(line)["question"] for line in lines} for lines in (train, prompts, test)]
+    assert [*map(len, questions)] == [500, 50, 100] and len(set.union(*questions)) == 650
+    assert written("more", 900)[2] == test  # the test does not depend on how much is trained
+    bare = [json.loads(line)["answer"].startswith("####") for line in train]
+    assert 0.5 < sum(bare) / 500 < 0.7
+    assert not any(json.loads(line)["answer"].startswith("####") for line in prompts + test)
     summary = prepare_gsm8k(str(tmp_path / "problems"), str(tmp_path / "prepared"))
     assert (summary["train"]["rows"], summary["test"]["rows"]) == (500, 100)
 
@@ -111,7 +118,7 @@ def test_words_of_the_problems_and_digits_are_one_token_each(tokenizer: Any) -> 
         return [tokenizer.decode(token) for token in tokenizer(text)["input_ids"]]
 
     assert pieces("Tom has 12 apples") == ["Tom", " has", " ", "1", "2", " apples"]
-    assert pieces("12+7=<<12+7=19>>19") == [*"12+7", "=<<", *"12+7=19", ">>", *"19"]
+    assert pieces("12+7=19\n#### 19") == [*"12+7=19", "\n", "####", " ", *"19"]
     assert len(tokenizer) < 1000
 
 

@@ -11,12 +11,21 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import ValidationError
 
-from posttrain.config.arguments import COMMAND_LINE, DEFAULT, Override, Recipe, groups, packaged_recipe, parse
+from posttrain.config.arguments import (
+    COMMAND_LINE,
+    DEFAULT,
+    DEFAULT_OF_COMMAND,
+    Override,
+    Recipe,
+    groups,
+    packaged_recipe,
+    parse,
+)
 from posttrain.config.describe import (
     default_of,
     describe_resolved,
@@ -68,7 +77,7 @@ def compose(arguments: list[str], method: str | None = None) -> Resolved:
     every problem that there is."""
     draft = _Draft(learns=method == "grpo")
     if method is not None:
-        draft.put_recipe(packaged_recipe("method", method))
+        draft.put_recipe(replace(packaged_recipe("method", method), origin=DEFAULT_OF_COMMAND))
     files: list[Recipe] = []
     choices: list[Override] = []
     overrides: list[Override] = []

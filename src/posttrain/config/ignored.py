@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from posttrain.config.arguments import COMMAND_LINE, DEFAULT
+from posttrain.config.arguments import COMMAND_LINE, DEFAULT, DEFAULT_OF_COMMAND
 from posttrain.config.describe import default_of
 from posttrain.config.schema import (
     BUILT_IN_REWARDS,
@@ -25,7 +25,7 @@ def options_without_effect(config: Config, origins: dict[str, str], learns: bool
     def was_chosen(key: str) -> bool:
         section, option = key.split(".")
         differs = getattr(getattr(config, section), option) != default_of(key)
-        return origins[key] == COMMAND_LINE or (origins[key] != DEFAULT and differs)
+        return origins[key] == COMMAND_LINE or (origins[key] not in (DEFAULT, DEFAULT_OF_COMMAND) and differs)
 
     return [{"key": key, "reason": reason} for key, reason in _without_effect(config, learns) if was_chosen(key)]
 
