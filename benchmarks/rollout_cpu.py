@@ -36,7 +36,7 @@ from posttrain.rollout.rollout import Request, Sampling
 from posttrain.rollout.transformers import TransformersRollout
 
 VOCABULARY, PROMPTS, ANSWERS = 445, 64, 8
-CASES = {"ends": (range(30), 64), "even": (range(1), 15)}  # end tokens, limit
+CASES = {"even": (range(1), 15), "ends": (range(30), 64)}  # end tokens, limit
 
 
 class NoText:
@@ -165,8 +165,8 @@ def _parts(rollout: TransformersRollout, prompts: list[np.ndarray], limit: int) 
     """Shares of the time, in one more round that is looked into."""
     spent: Counter[str] = Counter()
     with (
-        _timed(spent, decoding, "_read_prompts", "prompts"),
-        _timed(spent, decoding, "_write", "rest of writing"),
+        _timed(spent, decoding, "_read", "prompts"),
+        _timed(spent, decoding.Rows, "write", "noting tokens"),
         _timed(spent, rollout.model, "forward", "tokens through the model"),
         _timed(spent, decoding, "draw", "drawing"),
         _timed(spent, decoding.Cache, "keep", "leaving"),
@@ -175,7 +175,6 @@ def _parts(rollout: TransformersRollout, prompts: list[np.ndarray], limit: int) 
         _answer(rollout, prompts, limit, 99)
         whole = time.perf_counter() - begin
     spent["tokens through the model"] -= spent["prompts"]
-    spent["rest of writing"] -= spent["tokens through the model"] + spent["drawing"] + spent["leaving"]
     spent["around"] = whole - sum(spent.values())
     return {name: round(seconds / whole, 3) for name, seconds in spent.most_common()}
 

@@ -153,6 +153,17 @@ def test_prompts_are_read_once_and_ended_answers_leave_the_batch():
         assert wanted <= count <= max(wanted * 8 / 7 + 1, wanted + 1)
 
 
+def test_waiting_answers_take_the_places_of_those_that_have_ended():
+    rollout, seen = rollout_of(batch_size=8), []
+    requests = asked(answers=12, limit=40)
+    rollout.generate(requests[:1], WARM)
+    rollout.model.get_input_embeddings().register_forward_hook(lambda module, given, out: seen.append(given[0].shape))
+    found = ids_of(rollout.generate(requests, WARM))
+    rows = [shape[0] for shape in seen if shape[1] == 1]
+    assert max(rows) <= 8 and np.mean(rows[: len(rows) // 2]) > 4, rows  # and fewer at the end, when nobody waits
+    assert found == ids_of(rollout_of(batch_size=64).generate(requests, WARM))
+
+
 def test_the_cache_grows_beyond_its_first_room(monkeypatch):
     requests = asked(limit=40)
     expected = rollout_of(end_ids=[0]).generate(requests, WARM)

@@ -179,7 +179,7 @@ def _entering(waiting: Sequence[Request], places: int, batch_size: int) -> int:
     whole = places
     while whole and _same(waiting[whole - 1], waiting[whole]):
         whole -= 1
-    return whole or (places if places == batch_size else 0)
+    return whole or places
 
 
 def _same(a: Request, b: Request) -> bool:
