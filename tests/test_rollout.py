@@ -146,11 +146,22 @@ def test_prompts_are_read_once_and_ended_answers_leave_the_batch():
     rollout.model.get_input_embeddings().register_forward_hook(lambda module, given, out: seen.append(given[0].numel()))
     done = []
     completions = rollout.generate(asked(answers=8), WARM, done.append)
-    assert seen[0] == sum(map(len, PROMPTS)) and done == [32]
+    assert seen[0] == sum(map(len, PROMPTS)) and sum(done) == 32
     lengths = np.array([len(ids) for ids in ids_of(completions)])
     alive = [int((lengths > n).sum()) for n in range(1, 9)]
     for count, wanted in zip(seen[1:], alive, strict=True):
         assert wanted <= count <= max(wanted * 8 / 7 + 1, wanted + 1)
+
+
+def test_waiting_answers_take_the_places_of_those_that_have_ended():
+    rollout, seen = rollout_of(batch_size=8), []
+    requests = asked(answers=12, limit=40)
+    rollout.generate(requests[:1], WARM)
+    rollout.model.get_input_embeddings().register_forward_hook(lambda module, given, out: seen.append(given[0].shape))
+    found = ids_of(rollout.generate(requests, WARM))
+    rows = [shape[0] for shape in seen if shape[1] == 1]
+    assert max(rows) <= 8 and np.mean(rows[: len(rows) // 2]) > 4, rows  # and fewer at the end, when nobody waits
+    assert found == ids_of(rollout_of(batch_size=64).generate(requests, WARM))
 
 
 def test_the_cache_grows_beyond_its_first_room(monkeypatch):
@@ -236,17 +247,19 @@ def test_less_is_written_at_a_time_where_memory_runs_out(monkeypatch):
     rollout, sizes, done = rollout_of(), [], []
     expected = rollout.generate(asked(), WARM)
 
-    def short_of_memory(model, requests, *more):
-        sizes.append(len(requests))
-        if len(requests) > limit:
-            raise torch.OutOfMemoryError("no memory")
-        return decoding.decode(model, requests, *more)
+    def short_of_memory(model, requests, batch_size, *more):
+        sizes.append((len(requests), batch_size))
+        for number, some in enumerate(decoding.decode(model, requests, batch_size, *more)):
+            if batch_size > limit and number == 1:
+                raise torch.OutOfMemoryError("no memory")
+            yield some
 
     monkeypatch.setattr(transformers, "decode", short_of_memory)
     limit = 5
     assert ids_of(rollout.generate(asked(), WARM, done.append)) == ids_of(expected)
-    assert sizes == [12, 6, 3, 3, 3, 3] and sum(done) == 12
-    assert rollout.num_out_of_memory == 2 and "rollout.batch_size=3 " in rollout.warnings[-1]
+    assert sizes[0] == (12, 64) and sizes[1][0] < 12 and sum(done) == 12
+    assert sizes[-1][1] <= 5 and rollout.num_out_of_memory == len(sizes) - 1 == len(rollout.warnings)
+    assert f"rollout.batch_size={sizes[-1][1]} " in rollout.warnings[-1]
     limit = 0
     with pytest.raises(RunError, match=r"Lower rollout\.max_new_tokens"):
         rollout.generate(asked(), WARM)

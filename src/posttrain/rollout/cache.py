@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
@@ -18,7 +20,7 @@ from posttrain.errors import InputError
 from posttrain.models.attention import Documents, packed_attention
 
 DECODING = "posttrain_decoding"
-FIRST_ROOM = 64  # new tokens that there is room for at first; doubled when it is used up
+FIRST_ROOM = 64  # columns of new tokens that there is room for at first; doubled when it is used up
 
 
 def decoding_attention(
@@ -40,9 +42,9 @@ def decoding_attention(
     if decoding is None or s_aux is not None or attention_mask is not None:
         cause = "uses attention sinks" if s_aux is not None else "brings masks of its own or hides the cache"
         raise InputError(f"{type(module).__name__} {cause}")
-    if decoding.num_new:
+    if decoding.prompts is None:
         return decoding.attend(module, query, key, value, scaling, sliding_window, softcap), None
-    decoding.keep_prompts(module, key, value)
+    decoding.add_prompts(module, key, value)
     return packed_attention(
         module,
         query,
@@ -52,7 +54,7 @@ def decoding_attention(
         scaling=scaling,
         sliding_window=sliding_window,
         softcap=softcap,
-        documents=decoding.documents,
+        documents=decoding.prompts.documents,
     )
 
 
@@ -65,12 +67,11 @@ class Groups:
     def __init__(self, prompt_of_B: np.ndarray, lengths_P: np.ndarray, device: torch.device):
         counts_P = np.bincount(prompt_of_B, minlength=len(lengths_P))
         self.prompt_of_B, self.lengths_P = prompt_of_B, lengths_P
-        self.num_prompts, self.most = len(counts_P), int(counts_P.max())
+        self.num_prompts, self.most = len(counts_P), int(counts_P.max(initial=0))
         first_P = np.cumsum(counts_P) - counts_P
         slots_B = prompt_of_B * self.most + np.arange(len(prompt_of_B)) - first_P[prompt_of_B]
         full = len(prompt_of_B) == self.num_prompts * self.most
         self.slots_B = None if full else torch.from_numpy(slots_B).to(device, non_blocking=True)
-        self.lengths_B1 = torch.from_numpy(lengths_P[prompt_of_B])[:, None].to(device, non_blocking=True)
 
     def by_prompt(self, x_BKRD: Tensor) -> Tensor:
         """(P, K, S x R, D); zeros for answers that a prompt has less than others."""
@@ -89,77 +90,123 @@ class Groups:
         return x_BKRD if self.slots_B is None else x_BKRD.index_select(0, self.slots_B)
 
 
+class Prompts:
+    """Prompts in one packed row that are being read, and how many answers each will have."""
+
+    def __init__(self, lengths_P: np.ndarray, counts_P: np.ndarray, device: torch.device):
+        self.lengths_P, self.counts_P = lengths_P, counts_P
+        self.documents = Documents.of(tuple(lengths_P.tolist()), device)
+        self.last_P = (self.documents.borders[1:] - 1).long()
+        self.prompt_T = torch.from_numpy(np.repeat(np.arange(len(lengths_P)), lengths_P)).to(device)
+        self.place_T = torch.from_numpy(np.concatenate([np.arange(length) for length in lengths_P])).to(device)
+
+    def padded(self, x_1KTD: Tensor) -> Tensor:
+        x_PKLD = x_1KTD.new_zeros(len(self.lengths_P), x_1KTD.shape[1], int(self.lengths_P.max()), x_1KTD.shape[3])
+        x_PKLD[self.prompt_T, :, self.place_T] = x_1KTD[0].transpose(0, 1)
+        return x_PKLD
+
+
 @dataclass
 class Layer:
-    """What one attention layer remembers. Rows of `keys_BKND` from `num_new` on are not written yet."""
+    """What one attention layer remembers. An answer's columns in `keys_BKND` before it began are zeros."""
 
     prompt_keys_PKLD: Tensor
     prompt_values_PKLD: Tensor
     keys_BKND: Tensor
     values_BKND: Tensor
 
-    def keep(self, answers: Tensor, prompts: Tensor | None, longest: int) -> None:
-        self.keys_BKND, self.values_BKND = (x.index_select(0, answers) for x in (self.keys_BKND, self.values_BKND))
+    def add(self, other: Layer) -> None:
+        self.prompt_keys_PKLD = _stacked(self.prompt_keys_PKLD, other.prompt_keys_PKLD)
+        self.prompt_values_PKLD = _stacked(self.prompt_values_PKLD, other.prompt_values_PKLD)
+        self.keys_BKND = torch.cat([self.keys_BKND, other.keys_BKND])
+        self.values_BKND = torch.cat([self.values_BKND, other.values_BKND])
+
+    def keep(self, answers: Tensor, first: int, prompts: Tensor | None, longest: int) -> None:
+        both = (self.keys_BKND, self.values_BKND)
+        self.keys_BKND, self.values_BKND = (x[:, :, first:].index_select(0, answers) for x in both)
         if prompts is not None:
             both = (self.prompt_keys_PKLD, self.prompt_values_PKLD)
             self.prompt_keys_PKLD, self.prompt_values_PKLD = (x[:, :, :longest].index_select(0, prompts) for x in both)
 
-    def grow(self) -> None:
+    def grow(self, by: int) -> None:
         both = (self.keys_BKND, self.values_BKND)
-        self.keys_BKND, self.values_BKND = (torch.cat([x, torch.empty_like(x)], dim=2) for x in both)
+        self.keys_BKND, self.values_BKND = (F.pad(x, (0, 0, 0, by)) for x in both)
+
+
+def _stacked(x_PKLD: Tensor, y_PKLD: Tensor) -> Tensor:
+    longest = max(x_PKLD.shape[2], y_PKLD.shape[2])
+    return torch.cat([F.pad(each, (0, 0, 0, longest - each.shape[2])) for each in (x_PKLD, y_PKLD)])
 
 
 class Cache:
-    """What the layers of a model remember of a batch of answers. `num_new` tokens of each are known, or about to be."""
+    """What the layers of a model remember of a batch of answers.
 
-    def __init__(self, lengths_P: Sequence[int], prompt_of_B: np.ndarray, limit: int, device: torch.device):
-        lengths = np.asarray(lengths_P, dtype=np.int64)
-        self.groups, self.device = Groups(prompt_of_B, lengths, device), device
-        self.documents = Documents.of(tuple(lengths_P), device)
-        self.num_new, self.room = 0, min(limit, FIRST_ROOM)
+    New tokens stand in columns, the newest of all answers in the same one. An answer began at the column `starts_B`.
+    """
+
+    def __init__(self, limit: int, device: torch.device):
+        self.device = device
+        self.prompts: Prompts | None = None  # that are being read
+        self.groups = Groups(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), device)
+        self.starts_B = np.zeros(0, dtype=np.int64)
+        self.num_columns, self.room = 0, min(limit, FIRST_ROOM)
         self._layers: dict[nn.Module, Layer] = {}
         self._masks: dict[int | None, tuple[Tensor | None, Tensor | None]] = {}
-        self._prompt_T = torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)).to(device)
-        self._place_T = torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])).to(device)
+        self._set_starts()
 
-    @property
-    def places_T(self) -> Tensor:
-        """The position of each token of the packed prompts in its own."""
-        return self._place_T
+    @contextmanager
+    def reading(self, lengths_P: np.ndarray, counts_P: np.ndarray) -> Iterator[Prompts]:
+        """Inside, the model reads packed prompts; their answers begin at the next column, behind all others."""
+        self.prompts = Prompts(lengths_P, counts_P, self.device)
+        yield self.prompts
+        self.prompts = None
+        new_B = self.groups.num_prompts + np.repeat(np.arange(len(counts_P)), counts_P)
+        prompt_of_B = np.concatenate([self.groups.prompt_of_B, new_B])
+        self.groups = Groups(prompt_of_B, np.concatenate([self.groups.lengths_P, lengths_P]), self.device)
+        self.starts_B = np.concatenate([self.starts_B, np.full(len(new_B), self.num_columns)])
+        self._set_starts()
 
     def begin_token(self) -> Tensor:
-        """Make room for one more token of each answer. Gives their positions (B, 1)."""
-        self.num_new += 1
-        if self.num_new > self.room:
-            self.room *= 2
+        """Begin the next column. Gives the positions (B, 1) of its tokens."""
+        if self.num_columns == self.room:
             for layer in self._layers.values():
-                layer.grow()
-        self._masks = {window: masks for window, masks in self._masks.items() if window is None}
-        return self.groups.lengths_B1 + (self.num_new - 1)
+                layer.grow(max(self.room, FIRST_ROOM))
+            self.room += max(self.room, FIRST_ROOM)
+        self.num_columns += 1
+        self._masks = {}
+        return self._lengths_B1 + self.num_columns - 1 - self._starts_B1
 
     def keep(self, answers: np.ndarray) -> None:
-        """Forget all answers but these, given in ascending order, and the prompts that no answer needs any more."""
+        """Forget all answers but these, given in ascending order, and the prompts and columns that none of them needs."""
         prompts, prompt_of_B = np.unique(self.groups.prompt_of_B[answers], return_inverse=True)
         fewer = len(prompts) < self.groups.num_prompts
+        first = int(self.starts_B[answers].min())
         self.groups = Groups(prompt_of_B, self.groups.lengths_P[prompts], self.device)
+        self.starts_B = self.starts_B[answers] - first
+        self.num_columns, self.room = self.num_columns - first, self.room - first
         chosen = torch.from_numpy(answers).to(self.device)
         chosen_prompts = torch.from_numpy(prompts).to(self.device) if fewer else None
         for layer in self._layers.values():
-            layer.keep(chosen, chosen_prompts, int(self.groups.lengths_P.max()))
-        self._masks = {}
+            layer.keep(chosen, first, chosen_prompts, int(self.groups.lengths_P.max()))
+        self._set_starts()
 
-    def keep_prompts(self, module: nn.Module, key_1KTD: Tensor, value_1KTD: Tensor) -> None:
-        prompts, longest, answers = self.groups.num_prompts, max(self.documents.lengths), len(self.groups.prompt_of_B)
-
-        def padded(x_1KTD: Tensor) -> Tensor:
-            x_PKLD = x_1KTD.new_zeros(prompts, x_1KTD.shape[1], longest, x_1KTD.shape[3])
-            x_PKLD[self._prompt_T, :, self._place_T] = x_1KTD[0].transpose(0, 1)
-            return x_PKLD
+    def add_prompts(self, module: nn.Module, key_1KTD: Tensor, value_1KTD: Tensor) -> None:
+        prompts = self.prompts
+        assert prompts is not None
 
         def room(x_1KTD: Tensor) -> Tensor:
-            return x_1KTD.new_empty(answers, x_1KTD.shape[1], self.room, x_1KTD.shape[3])
+            return x_1KTD.new_zeros(int(prompts.counts_P.sum()), x_1KTD.shape[1], self.room, x_1KTD.shape[3])
 
-        self._layers[module] = Layer(padded(key_1KTD), padded(value_1KTD), room(key_1KTD), room(value_1KTD))
+        layer = Layer(prompts.padded(key_1KTD), prompts.padded(value_1KTD), room(key_1KTD), room(value_1KTD))
+        if module in self._layers:
+            self._layers[module].add(layer)
+        else:
+            self._layers[module] = layer
+
+    def _set_starts(self) -> None:
+        self._starts_B1 = torch.from_numpy(self.starts_B)[:, None].to(self.device, non_blocking=True)
+        self._lengths_B1 = torch.from_numpy(self.groups.lengths_P[self.groups.prompt_of_B])[:, None].to(self.device)
+        self._masks = {}
 
     def attend(
         self,
@@ -172,7 +219,7 @@ class Cache:
         softcap: float | None,
     ) -> Tensor:
         """What the newest token of each answer sees (B, 1, H, D): its prompt, its answer so far, and itself."""
-        layer, groups, count = self._layers[module], self.groups, self.num_new
+        layer, groups, count = self._layers[module], self.groups, self.num_columns
         layer.keys_BKND[:, :, count - 1] = key_BK1D[:, :, 0]
         layer.values_BKND[:, :, count - 1] = value_BK1D[:, :, 0]
         answers, heads, _, width = query_BH1D.shape
@@ -192,16 +239,20 @@ class Cache:
         return seen.reshape(answers, 1, heads, -1)
 
     def _mask(self, window: int | None, longest: int) -> tuple[Tensor | None, Tensor | None]:
-        """Added to scores: -inf where a prompt has no token, or one that is `window` or more tokens back."""
+        """Added to scores of prompt and answer: -inf where a row has no token, or one that is `window` or more tokens back."""
         if window not in self._masks:
-            place_L = torch.arange(longest, device=self.device)
-            lengths_B1 = self.groups.lengths_B1
-            hidden_BL, near = place_L >= lengths_B1, None
+            newest = self.num_columns - 1
+            place_L, column_N = (torch.arange(count, device=self.device) for count in (longest, self.num_columns))
+            hidden_BL, hidden_BN = place_L >= self._lengths_B1, column_N < self._starts_B1
             if window is not None:
-                hidden_BL |= lengths_B1 + (self.num_new - 1) - place_L >= window
-                near_N = torch.arange(self.num_new - 1, -1, -1, device=self.device) >= window
-                near = torch.zeros(self.num_new, device=self.device).masked_fill_(near_N, float("-inf"))
-            far = torch.zeros(hidden_BL.shape, device=self.device).masked_fill_(hidden_BL, float("-inf"))
-            even = window is None and bool((self.groups.lengths_P == longest).all())
-            self._masks[window] = (None if even else far[:, None, None], near)
+                hidden_BL |= self._lengths_B1 + newest - self._starts_B1 - place_L >= window
+                hidden_BN |= newest - column_N >= window
+            far = None if window is None and (self.groups.lengths_P == longest).all() else _added(hidden_BL)
+            near = None if window is None and not self.starts_B.any() else _added(hidden_BN)
+            self._masks[window] = far, near
         return self._masks[window]
+
+
+def _added(hidden_BN: Tensor) -> Tensor:
+    zeros_BN = torch.zeros(hidden_BN.shape, device=hidden_BN.device)
+    return zeros_BN.masked_fill_(hidden_BN, float("-inf"))[:, None, None]

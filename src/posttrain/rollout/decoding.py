@@ -1,12 +1,13 @@
-"""Writing a batch of answers token by token: each prompt is read once, and answers that have ended leave the batch."""
+"""Writing answers token by token: a prompt is read once, answers that end leave the batch, and others take their places."""
 
-# T tokens of all prompts in a row, P prompts, B answers, N new tokens, V vocabulary
+# P prompts, B answers being written, N tokens of the longest answer and one that nobody reads, V vocabulary
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count, groupby
 from typing import Any
 
 import numpy as np
@@ -40,29 +41,45 @@ def decoding(model: Any) -> Iterator[None]:
 
 
 @torch.no_grad()
-def decode(model: Any, requests: Sequence[Request], sampling: Sampling, end_ids: Sequence[int]) -> list[Written]:
-    """An answer to each request, in their order. Those with equal prompts should come next to each other."""
-    device = model.device
-    prompts: dict[bytes, int] = {}
-    prompt_of_B = np.array([prompts.setdefault(request.prompt_ids_T.tobytes(), len(prompts)) for request in requests])
-    by_prompt = np.argsort(prompt_of_B, kind="stable")
-    requests_B, prompt_of_B = [requests[i] for i in by_prompt], prompt_of_B[by_prompt]
-    first_P = np.unique(prompt_of_B, return_index=True)[1]
-    limits_B = np.array([request.max_new_tokens for request in requests_B])
-    cache = Cache([len(requests_B[i].prompt_ids_T) for i in first_P], prompt_of_B, int(limits_B.max()), device)
-    logits_PV = _read_prompts(model, cache, np.concatenate([requests_B[i].prompt_ids_T for i in first_P]))
-    logits_BV = logits_PV.index_select(0, torch.from_numpy(prompt_of_B).to(device))
-    ids_BN, logprobs_BN = _write(model, cache, logits_BV, requests_B, limits_B, sampling, end_ids)
-    written = cut(ids_BN.cpu().numpy(), logprobs_BN.cpu().numpy(), limits_B, end_ids)
-    return [written[i] for i in np.argsort(by_prompt)]
+def decode(
+    model: Any, requests: Sequence[Request], batch_size: int, sampling: Sampling, end_ids: Sequence[int]
+) -> Iterator[list[tuple[int, Written]]]:
+    """Answers with the places of their requests, as they end; at most `batch_size` are written at a time.
 
-
-def uniforms_for(requests: Sequence[Request], device: torch.device) -> Tensor:
-    """The number (B, N) that draws each token of each answer."""
-    first_B1 = np.array([request.first_position for request in requests])[:, None]
-    positions_BN = first_B1 + np.arange(max(request.max_new_tokens for request in requests))
-    numbers_BN = uniforms([stream(request.key) for request in requests], positions_BN)
-    return torch.from_numpy(numbers_BN.astype(np.float32)).to(device, non_blocking=True)
+    Equal prompts should be neighbours, and prompts of like length near each other.
+    """
+    device, limit = model.device, max(request.max_new_tokens for request in requests)
+    cache, ends, between = (
+        Cache(limit, device),
+        torch.tensor(list(end_ids), device=device),
+        tokens_between_looks(device),
+    )
+    rows, begun = Rows.of([], [], limit, device), 0
+    for tick in count():
+        logits = []
+        if len(rows):
+            positions_B1 = cache.begin_token()
+            out = model(input_ids=rows.last_B1, position_ids=positions_B1, decoding=cache, use_cache=False)
+            logits.append(out.logits[:, -1])
+        entering = range(begun, begun + _entering(requests[begun:], batch_size - len(rows), batch_size))
+        if entering:
+            begun = entering.stop
+            logits.append(_read(model, cache, [requests[i] for i in entering]))
+            rows = rows.joined(Rows.of(requests, entering, limit, device))
+        rows.write(*draw(torch.cat(logits), rows.uniforms_B, sampling), ends)
+        if tick % between:
+            continue
+        going_B = rows.going_B.cpu().numpy()
+        left, gone = np.flatnonzero(going_B), np.flatnonzero(~going_B)
+        if not len(left) or len(gone) * 8 >= len(rows):  # fewer would not pay for copying the cache
+            yield list(zip(rows.places_B[gone].tolist(), rows.written(gone, requests, end_ids), strict=True))
+            rows = rows.kept(left)
+            if not len(left) and begun == len(requests):
+                return
+            if len(left):
+                cache.keep(left)
+            else:
+                cache = Cache(limit, device)
 
 
 def tokens_between_looks(device: torch.device) -> int:
@@ -70,61 +87,80 @@ def tokens_between_looks(device: torch.device) -> int:
     return 1 if device.type == "cpu" else 8
 
 
-def _read_prompts(model: Any, cache: Cache, ids_T: np.ndarray) -> Tensor:
-    """Logits (P, V) of the first new token after each prompt."""
-    last_P = (cache.documents.borders[1:] - 1).long()
-    ids_1T = torch.from_numpy(ids_T.astype(np.int64))[None].to(cache.device)
-    return model(
-        input_ids=ids_1T,
-        position_ids=cache.places_T[None],
-        decoding=cache,
-        use_cache=False,
-        logits_to_keep=last_P,
-    ).logits[0]
+@dataclass
+class Rows:
+    """The answers of a batch. What an answer has drawn after its end means nothing."""
+
+    places_B: np.ndarray  # among the requests
+    uniforms_BN: Tensor
+    ids_BN: Tensor
+    logprobs_BN: Tensor
+    counts_B1: Tensor  # tokens drawn
+    limits_B1: Tensor
+    going_B: Tensor
+    last_B1: Tensor
+
+    @classmethod
+    def of(cls, requests: Sequence[Request], places: Sequence[int], limit: int, device: torch.device) -> Rows:
+        chosen, shape = [requests[i] for i in places], (len(places), limit + 1)
+        limits_B1 = torch.tensor([[request.max_new_tokens] for request in chosen], dtype=torch.long).view(-1, 1)
+        return cls(
+            np.array(places, dtype=np.int64),
+            uniforms_for(chosen, limit + 1).to(device, non_blocking=True),
+            torch.zeros(shape, dtype=torch.long, device=device),
+            torch.zeros(shape, device=device),
+            torch.zeros(len(chosen), 1, dtype=torch.long, device=device),
+            limits_B1.to(device, non_blocking=True),
+            torch.ones(len(chosen), dtype=torch.bool, device=device),
+            torch.zeros(len(chosen), 1, dtype=torch.long, device=device),
+        )
+
+    def __len__(self) -> int:
+        return len(self.places_B)
+
+    @property
+    def uniforms_B(self) -> Tensor:
+        """The number that draws each answer's next token."""
+        return self.uniforms_BN.gather(1, self.counts_B1)[:, 0]
+
+    def write(self, ids_B: Tensor, logprobs_B: Tensor, ends: Tensor) -> None:
+        self.last_B1 = ids_B[:, None]
+        self.ids_BN.scatter_(1, self.counts_B1, self.last_B1)
+        self.logprobs_BN.scatter_(1, self.counts_B1, logprobs_B[:, None])
+        # an answer that waits to leave writes on at the end of its row, where nobody reads
+        self.counts_B1 = (self.counts_B1 + 1).clamp_(max=self.ids_BN.shape[1] - 1)
+        self.going_B = self.going_B & ~torch.isin(ids_B, ends) & (self.counts_B1 < self.limits_B1)[:, 0]
+
+    def joined(self, other: Rows) -> Rows:
+        if not len(self):
+            return other
+        pairs = zip(self._tensors(), other._tensors(), strict=True)
+        return Rows(np.concatenate([self.places_B, other.places_B]), *(torch.cat(pair) for pair in pairs))
+
+    def kept(self, chosen: np.ndarray) -> Rows:
+        index = torch.from_numpy(chosen).to(self.ids_BN.device)
+        return Rows(self.places_B[chosen], *(x.index_select(0, index) for x in self._tensors()))
+
+    def written(self, chosen: np.ndarray, requests: Sequence[Request], end_ids: Sequence[int]) -> list[Written]:
+        index = torch.from_numpy(chosen).to(self.ids_BN.device)
+        ids_BN, logprobs_BN = (x.index_select(0, index).cpu().numpy() for x in (self.ids_BN, self.logprobs_BN))
+        return cut(ids_BN, logprobs_BN, [requests[i].max_new_tokens for i in self.places_B[chosen]], end_ids)
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return (
+            self.uniforms_BN, self.ids_BN, self.logprobs_BN, self.counts_B1, self.limits_B1, self.going_B, self.last_B1,
+        )  # fmt: skip
 
 
-def _write(
-    model: Any,
-    cache: Cache,
-    logits_BV: Tensor,
-    requests_B: Sequence[Request],
-    limits_B: np.ndarray,
-    sampling: Sampling,
-    end_ids: Sequence[int],
-) -> tuple[Tensor, Tensor]:
-    """Ids and log-probabilities (B, N); what stands behind an answer's end means nothing."""
-    device, limit = cache.device, int(limits_B.max())
-    uniforms_BN = uniforms_for(requests_B, device)
-    ids_BN = torch.zeros(len(requests_B), limit, dtype=torch.long, device=device)
-    logprobs_BN = torch.zeros(len(requests_B), limit, device=device)
-    ends = torch.tensor(list(end_ids), device=device)
-    rows_B = torch.arange(len(requests_B), device=device)  # of the answers that are still in the batch
-    until_B = torch.from_numpy(limits_B).to(device)
-    going_B = torch.ones(len(requests_B), dtype=torch.bool, device=device)
-    between = tokens_between_looks(device)
-    for n in range(limit):
-        drawn_B, logprobs_B = draw(logits_BV, uniforms_BN[:, n], sampling)
-        ids_BN[rows_B, n], logprobs_BN[rows_B, n] = drawn_B, logprobs_B
-        if n + 1 == limit:
-            break
-        going_B &= ~torch.isin(drawn_B, ends) & (until_B > n + 1)
-        if n % between == 0:
-            left = np.flatnonzero(going_B.cpu().numpy())
-            if not len(left):
-                break
-            if len(left) <= len(going_B) * 7 // 8:
-                cache.keep(left)
-                kept = torch.from_numpy(left).to(device)
-                drawn_B, going_B, rows_B, until_B = (x[kept] for x in (drawn_B, going_B, rows_B, until_B))
-                uniforms_BN = uniforms_BN[kept]
-        positions_B1 = cache.begin_token()
-        logits_BV = model(
-            input_ids=drawn_B[:, None], position_ids=positions_B1, decoding=cache, use_cache=False
-        ).logits[:, -1]
-    return ids_BN, logprobs_BN
+def uniforms_for(requests: Sequence[Request], length: int) -> Tensor:
+    """The number (B, length) that draws each token of each answer."""
+    first_B1 = np.array([request.first_position for request in requests], dtype=np.int64).reshape(-1, 1)
+    numbers_BN = uniforms([stream(request.key) for request in requests], first_B1 + np.arange(length))
+    return torch.from_numpy(numbers_BN.astype(np.float32))
 
 
-def cut(ids_BN: np.ndarray, logprobs_BN: np.ndarray, limits_B: np.ndarray, end_ids: Sequence[int]) -> list[Written]:
+def cut(ids_BN: np.ndarray, logprobs_BN: np.ndarray, limits_B: Sequence[int], end_ids: Sequence[int]) -> list[Written]:
+    """Answers up to their first end token or their limits."""
     ends_BN = np.isin(ids_BN, list(end_ids))
     written = []
     for ids_N, logprobs_N, ends_N, limit in zip(ids_BN, logprobs_BN, ends_BN, limits_B, strict=True):
@@ -132,3 +168,37 @@ def cut(ids_BN: np.ndarray, logprobs_BN: np.ndarray, limits_B: np.ndarray, end_i
         length = int(found[0]) + 1 if len(found) else limit
         written.append(Written(ids_N[:length].astype(np.int32), logprobs_N[:length].copy(), bool(len(found))))
     return written
+
+
+def _entering(waiting: Sequence[Request], places: int, batch_size: int) -> int:
+    """How many requests enter: enough to pay for reading prompts in between, and no part of a group if it can be whole."""
+    if not waiting or places * 4 < min(batch_size, len(waiting) * 4):
+        return 0
+    if len(waiting) <= places:
+        return len(waiting)
+    whole = places
+    while whole and _same(waiting[whole - 1], waiting[whole]):
+        whole -= 1
+    return whole or places
+
+
+def _same(a: Request, b: Request) -> bool:
+    return np.array_equal(a.prompt_ids_T, b.prompt_ids_T)
+
+
+def _read(model: Any, cache: Cache, requests: Sequence[Request]) -> Tensor:
+    """Logits (B, V) of the first token of each answer; neighbours with equal prompts share the reading."""
+    groups = [list(group) for _, group in groupby(requests, key=lambda request: request.prompt_ids_T.tobytes())]
+    lengths_P = np.array([len(group[0].prompt_ids_T) for group in groups])
+    counts_P = np.array([len(group) for group in groups])
+    ids_T = torch.from_numpy(np.concatenate([group[0].prompt_ids_T for group in groups]).astype(np.int64))
+    with cache.reading(lengths_P, counts_P) as prompts:
+        out = model(
+            input_ids=ids_T[None].to(cache.device),
+            position_ids=prompts.place_T[None],
+            decoding=cache,
+            use_cache=False,
+            logits_to_keep=prompts.last_P,
+        )
+    repeats_P = torch.from_numpy(counts_P).to(cache.device)
+    return out.logits[0].repeat_interleave(repeats_P, dim=0, output_size=len(requests))

@@ -43,7 +43,7 @@ def generate(model: Any, requests: Sequence[Request], sampling: Sampling, end_id
         ids_BT[row, start:] = torch.from_numpy(request.prompt_ids_T.astype(np.int64))
         mask_BT[row, start:] = 1
     limits_B = np.array([request.max_new_tokens for request in requests])
-    drawing = Drawing(uniforms_for(requests, model.device), sampling)
+    drawing = Drawing(uniforms_for(requests, int(limits_B.max())).to(model.device), sampling)
     model.generate(
         input_ids=ids_BT.to(model.device),
         attention_mask=mask_BT.to(model.device),
@@ -54,4 +54,4 @@ def generate(model: Any, requests: Sequence[Request], sampling: Sampling, end_id
         ),
     )
     ids_BN, logprobs_BN = (torch.stack(each, 1).cpu().numpy() for each in (drawing.ids, drawing.logprobs))
-    return cut(ids_BN, logprobs_BN, limits_B, end_ids)
+    return cut(ids_BN, logprobs_BN, limits_B.tolist(), end_ids)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -58,15 +58,20 @@ class TransformersRollout:
         """One completion a request, in their order; prompts of like length are answered together, equal ones are read once."""
         if self._fast is None:
             self._prove()
-        order = sorted(range(len(requests)), key=lambda i: _likeness(requests[i]))
+        left = sorted(range(len(requests)), key=lambda i: _likeness(requests[i]))
         completions: dict[int, Completion] = {}
-        while len(completions) < len(order):
-            batch = order[len(completions) : len(completions) + self.batch_size]
-            written = self._try([requests[i] for i in batch], sampling)
-            if written is not None:
-                for index, answer in zip(batch, written, strict=True):
-                    completions[index] = self._completion(requests[index], answer)
-                advance(len(batch))
+        while left:
+            try:
+                for some in self._write([requests[i] for i in left], sampling):
+                    for place, written in some:
+                        completions[left[place]] = self._completion(requests[left[place]], written)
+                    advance(len(some))
+                short = False
+            except torch.OutOfMemoryError:
+                short = True
+            left = [index for index in left if index not in completions]
+            if short:
+                self._write_fewer([requests[i] for i in left])
         return [completions[index] for index in range(len(requests))]
 
     def _prove(self) -> None:
@@ -77,27 +82,31 @@ class TransformersRollout:
                 f"{type(self.model).__name__} writes answers by transformers' own generate, which is slower: {cause}."
             )
 
-    def _try(self, requests: list[Request], sampling: Sampling) -> list[Written] | None:
-        """None where memory ran out; the next batch is then half as large."""
-        try:
-            if not self._fast:
-                return plain.generate(self.model, requests, sampling, self.end_ids)
+    def _write(self, requests: list[Request], sampling: Sampling) -> Iterator[list[tuple[int, Written]]]:
+        """Answers with the places of their requests, some at a time."""
+        if self._fast:
             with decoding(self.model):
-                return decode(self.model, requests, sampling, self.end_ids)
-        except torch.OutOfMemoryError:
-            longest = max(len(request.prompt_ids_T) + request.max_new_tokens for request in requests)
-            if len(requests) == 1:
-                raise RunError(
-                    f"Memory ran out while writing one answer, of up to {longest:,} tokens with its prompt. Lower "
-                    "rollout.max_new_tokens, or leave out the longest prompts."
-                ) from None
+                yield from decode(self.model, requests, self.batch_size, sampling, self.end_ids)
+            return
+        for start in range(0, len(requests), self.batch_size):
+            batch = requests[start : start + self.batch_size]
+            yield list(enumerate(plain.generate(self.model, batch, sampling, self.end_ids), start))
+
+    def _write_fewer(self, left: list[Request]) -> None:
+        """Halve the batch after memory ran out, outside of the error, which holds on to memory."""
+        tried = min(self.batch_size, len(left))
+        longest = max(len(request.prompt_ids_T) + request.max_new_tokens for request in left)
+        if tried == 1:
+            raise RunError(
+                f"Memory ran out while writing one answer, of up to {longest:,} tokens with its prompt. Lower "
+                "rollout.max_new_tokens, or leave out the longest prompts."
+            )
         self.num_out_of_memory += 1
-        self.batch_size = len(requests) // 2
+        self.batch_size = tried // 2
         self.warnings.append(
-            f"Memory ran out while writing {len(requests)} answers of up to {longest:,} tokens with their prompts; going on "
-            f"with {self.batch_size} at a time. rollout.batch_size={self.batch_size} would save the attempt."
+            f"Memory ran out while writing {tried} answers at a time, of up to {longest:,} tokens with their prompts; going on "
+            f"with {self.batch_size}. rollout.batch_size={self.batch_size} would save the attempt."
         )
-        return None
 
     def _completion(self, request: Request, written: Written) -> Completion:
         text = self.tokenizer.decode(written.ids_T, skip_special_tokens=True)
