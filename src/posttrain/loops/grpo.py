@@ -68,6 +68,8 @@ def train(run: TrainingRun, learner: Learner, answering: Answering) -> None:
     while run.step < data.schedule.num_steps and not run.stopping:
         answering.rollout.take(engine.named_weights())
         found = answering.step(run.step)
+        while answering.rollout.warnings:
+            run.display.say(answering.rollout.warnings.pop(0))
         run.record(learner.learn(found, run.step, len(data.schedule.rows(run.step))))
         if run.due(trainer.sample_freq):
             run.world.on_main(partial(show_answers, found, run.step, run.display, run.folder))

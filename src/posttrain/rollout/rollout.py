@@ -38,7 +38,12 @@ class Sampling:
 
 
 class Rollout(Protocol):
-    """A model that answers prompts given as token ids, and stops at its end tokens."""
+    """A model that answers prompts given as token ids, and stops at its end tokens.
+
+    `warnings` are what a person should hear; who says them takes them out.
+    """
+
+    warnings: list[str]
 
     def take(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Answer with these weights from now on: all of the plain model's, by its own names."""
