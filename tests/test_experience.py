@@ -1,0 +1,108 @@
+"""From answers to samples and updates, on small hand-made answers."""
+
+import math
+
+import numpy as np
+import pytest
+
+from posttrain.config.schema import AlgorithmOptions
+from posttrain.loops.answering import Problem
+from posttrain.loops.experience import experience, num_trained, overlong_penalty, plan_updates, samples_of
+from posttrain.records import Completion, Conversation, Segment
+from posttrain.rewards.accuracy import Difference, accuracies, pass_at_k
+from posttrain.rewards.score import Score
+from posttrain.rewards.verdict import Verdict
+
+RIGHT, WRONG, UNKNOWN = Verdict.RIGHT, Verdict.WRONG, Verdict.UNKNOWN
+
+
+def segment(*ids, trained=True, known=True):
+    logprobs = np.full(len(ids), -0.5, np.float32) if known and trained else None
+    return Segment(np.array(ids, dtype=np.int32), logprobs, trained)
+
+
+def completion(*segments, prompt=(1, 2), stopped=True, earlier=()):
+    return Completion(np.array(prompt, dtype=np.int32), list(segments), "text", stopped, tuple(earlier))
+
+
+def found(rewards, prompts, lengths=None, **algorithm):
+    lengths = lengths or [2] * len(rewards)
+    problem = Problem(Conversation([{"role": "user", "content": "q"}]), np.array([1, 2], np.int32))
+    answers = [completion(segment(*range(3, 3 + length))) for length in lengths]
+    scores = [Score(UNKNOWN if r is None else RIGHT if r else WRONG, r, {"x": r}) for r in rewards]
+    pairs = [(prompt, problem) for prompt in prompts]
+    return experience(pairs, answers, scores, AlgorithmOptions(**algorithm), 10, {"rollout": 2.0, "reward": 1.0})
+
+
+def test_what_a_tool_wrote_and_the_prompt_are_not_trained():
+    (sample,) = samples_of(5, completion(segment(3, 4), segment(7, 7, 7, trained=False), segment(5, 6)))
+    assert sample.ids_T.tolist() == [1, 2, 3, 4, 7, 7, 7, 5, 6]
+    assert sample.weights_T.tolist() == [0, 0, 1, 1, 0, 0, 0, 1, 1]
+    assert sample.signals["rollout_logprobs"].tolist() == [0, 0, -0.5, -0.5, 0, 0, 0, -0.5, -0.5]
+
+
+def test_an_answer_whose_history_was_rewritten_becomes_several_samples():
+    first = completion(segment(3, 4), prompt=(1, 2))
+    last = completion(segment(5), prompt=(1, 2, 9), earlier=[first])
+    one, two = samples_of(7, last)
+    assert (one.ids_T.tolist(), two.ids_T.tolist(), one.row, two.row) == ([1, 2, 3, 4], [1, 2, 9, 5], 7, 7)
+    assert num_trained(last) == 3
+
+
+def test_answers_without_log_probabilities_have_no_such_signal():
+    (sample,) = samples_of(0, completion(segment(3, known=False)))
+    assert sample.signals == {}
+
+
+def test_groups_are_dealt_whole_to_updates_and_weights_are_made_of_whole_answers():
+    answers = found([1, 0, 1, 0, 1, 0], [4, 4, 9, 9, 2, 2], lengths=[1, 2, 3, 4, 5, 6])
+    usable = np.array([True, True, True, False, True, True])
+    first, second = plan_updates(answers, usable, 2, "seq-mean-token-mean", 10, np.array([2, 0, 1]))
+    assert (first.numbers, second.numbers) == ([0, 1, 4, 5], [2])
+    np.testing.assert_allclose(first.weights, [1, 1 / 2, 1 / 5, 1 / 6])
+    assert (first.total_weight, second.total_weight) == (4, 1)
+
+
+def test_the_end_of_long_answers_costs_in_a_straight_line():
+    lengths = np.array([4, 6, 7, 8, 10])
+    np.testing.assert_allclose(overlong_penalty(lengths, 10, 4, 2.0), [0, 0, 0.5, 1.0, 2.0])
+    shaped = found([1, 1], [0, 0], lengths=[10, 4], overlong_buffer_tokens=4, overlong_penalty=0.5)
+    np.testing.assert_allclose(shaped.rewards_N, [0.5, 1.0])
+
+
+def test_metrics_say_what_the_answers_were():
+    answers = found([1, 0, None, 1, 1, 1], [0, 0, 0, 3, 3, 3], lengths=[1, 2, 3, 4, 5, 6])
+    told = answers.metrics()
+    assert told["reward_mean"] == pytest.approx(4 / 5) and told["rewards_unknown"] == 1
+    assert told["no_signal_share"] == 0.5 and told["right_share"] == pytest.approx(4 / 5)
+    assert told["answer_tokens_mean"] == 3.5 and told["rollout_tokens_per_second"] == 21 / 2
+    assert math.isnan(answers.rewards_N[2])
+
+
+def test_first_groups_keep_whole_groups_in_their_order():
+    answers = found([1, 0, 1, 0, 1, 0], [4, 9, 4, 9, 2, 2])
+    assert answers.first_groups(2).prompts_N.tolist() == [4, 9, 4, 9]
+    assert answers.taken(answers.signal_N).prompts_N.tolist() == [2, 2]
+    assert len(answers.taken(np.zeros(6, dtype=bool)).first_groups(3)) == 0
+
+
+def test_pass_at_k_by_hand():
+    assert pass_at_k(1, 4, 1) == 0.25
+    assert pass_at_k(1, 4, 2) == 0.5  # of 6 pairs 3 hold the right one
+    assert pass_at_k(0, 4, 4) == 0 and pass_at_k(1, 4, 4) == 1
+
+
+def test_accuracy_over_several_answers_counts_problems_not_answers():
+    told = accuracies([[RIGHT, RIGHT, WRONG, WRONG], [WRONG] * 4, [RIGHT] * 4, [UNKNOWN] * 4])
+    assert told["val_accuracy"] == 0.5
+    assert told["val_pass_at_2"] == pytest.approx((5 / 6 + 0 + 1) / 3) and told["val_pass_at_4"] == pytest.approx(2 / 3)
+    half = 1.959964 * 0.5 / math.sqrt(3)
+    assert told["val_accuracy_high"] == pytest.approx(min(0.5 + half, 1)) and told["val_accuracy_low"] == 0
+    assert accuracies([[RIGHT], [WRONG]])["val_accuracy"] == 0.5
+
+
+def test_a_difference_is_paired_by_problem():
+    before, after = [RIGHT, WRONG, WRONG, UNKNOWN, WRONG], [RIGHT, RIGHT, WRONG, RIGHT, RIGHT]
+    gain = Difference.of(before, after)
+    assert gain.mean == 0.5
+    assert gain.high - gain.mean == pytest.approx(1.959964 * math.sqrt((4 * 0.25 / 3) / 4))
