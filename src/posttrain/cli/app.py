@@ -98,6 +98,7 @@ def evaluate(
         raise InputError("Which problems? Give --test_file test.parquet.")
     if hand_to_processes(resolved):
         return
+    say_ignored(resolved, "reward.")
     output = output or home_of(resolved) / "evaluation.jsonl"
     from posttrain.loops.evaluate import evaluate as run
 
