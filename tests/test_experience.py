@@ -9,7 +9,7 @@ from posttrain.config.schema import AlgorithmOptions
 from posttrain.loops.answering import Problem
 from posttrain.loops.experience import experience, num_trained, overlong_penalty, plan_updates, samples_of
 from posttrain.records import Completion, Conversation, Segment
-from posttrain.rewards.accuracy import Difference, accuracies, pass_at_k
+from posttrain.rewards.accuracy import Accuracy, Difference, pass_at_k
 from posttrain.rewards.score import Score
 from posttrain.rewards.verdict import Verdict
 
@@ -93,12 +93,13 @@ def test_pass_at_k_by_hand():
 
 
 def test_accuracy_over_several_answers_counts_problems_not_answers():
-    told = accuracies([[RIGHT, RIGHT, WRONG, WRONG], [WRONG] * 4, [RIGHT] * 4, [UNKNOWN] * 4])
-    assert told["val_accuracy"] == 0.5
-    assert told["val_pass_at_2"] == pytest.approx((5 / 6 + 0 + 1) / 3) and told["val_pass_at_4"] == pytest.approx(2 / 3)
+    told = Accuracy.of([RIGHT, RIGHT, WRONG, WRONG, *[WRONG] * 4, *[RIGHT] * 4, *[UNKNOWN] * 4], answers_a_problem=4)
+    assert (told.share, told.num_problems, told.num_unknown) == (0.5, 4, 4)
+    assert told.pass_at == {2: pytest.approx((5 / 6 + 0 + 1) / 3), 4: pytest.approx(2 / 3)}
     half = 1.959964 * 0.5 / math.sqrt(3)
-    assert told["val_accuracy_high"] == pytest.approx(min(0.5 + half, 1)) and told["val_accuracy_low"] == 0
-    assert accuracies([[RIGHT], [WRONG]])["val_accuracy"] == 0.5
+    assert (told.low, told.high) == (0, pytest.approx(min(0.5 + half, 1)))
+    odd = Accuracy.of([RIGHT, WRONG, WRONG, UNKNOWN], answers_a_problem=2)
+    assert (odd.num_judged, odd.pass_at) == (3, {})
 
 
 def test_a_difference_is_paired_by_problem():

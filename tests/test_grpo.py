@@ -207,7 +207,7 @@ def test_wrong_options_are_said_before_a_model_is_loaded(tiny, folder, changes, 
 def test_everything_at_once(tiny, folder):
     """Two updates a step twice over, filtering with refills, shaping, KL in the reward, dual clip: the numbers stay finite."""
     said = run(
-        options(tiny, folder, "all", algorithm__ppo_mini_batch_size=4, algorithm__ppo_epochs=2, algorithm__dual_clip=3.0,
+        options(tiny, folder, "all", optim__lr=1e-4, algorithm__ppo_mini_batch_size=4, algorithm__ppo_epochs=2, algorithm__dual_clip=3.0,
                 algorithm__filter_groups="true", algorithm__max_num_gen_batches=2, algorithm__overlong_buffer_tokens=6,
                 algorithm__kl_coef=0.01, algorithm__kl_in="reward", algorithm__kl_type="k1", rollout__top_p=0.9,
                 rollout__temperature=0.8, algorithm__policy_loss="cispo", algorithm__mask_truncated="true"),

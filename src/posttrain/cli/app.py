@@ -136,6 +136,7 @@ def evaluate(
         raise InputError("Which problems? Give --test_file test.parquet.")
     if hand_to_processes(resolved):
         return
+    say_ignored(resolved, "reward.")
     output = output or home_of(resolved) / "evaluation.jsonl"
     from posttrain.loops.evaluate import evaluate as run
 
@@ -146,10 +147,12 @@ def evaluate(
         print_json({
             "accuracy": accuracy.share, "low": accuracy.low, "high": accuracy.high,
             "num_problems": accuracy.num_problems, "num_correct": accuracy.num_correct,
-            "num_unknown": accuracy.num_unknown,
+            "num_unknown": accuracy.num_unknown, **{f"pass_at_{k}": chance for k, chance in accuracy.pass_at.items()},
         })  # fmt: skip
         return
     unknown = f"; {accuracy.num_unknown} could not be judged" if accuracy.num_unknown else ""
+    for k, chance in accuracy.pass_at.items():
+        print(f"pass@{k} {chance:.1%}")
     print(f"accuracy {accuracy}{unknown}\neach answer with its verdict: {output}")
 
 

@@ -121,9 +121,10 @@ def home_of(resolved: Resolved) -> Path:
     return find_run(resolved.config.model.path or "") or Path()
 
 
-def say_ignored(resolved: Resolved) -> None:
+def say_ignored(resolved: Resolved, section: str = "") -> None:
+    """Say which options have no effect: all, or those of a section, where a command reads the config of another."""
     if is_main():
-        for ignored in resolved.ignored:
+        for ignored in [ignored for ignored in resolved.ignored if ignored["key"].startswith(section)]:
             print(f"no effect in this run: {ignored['key']}: {ignored['reason']}", file=sys.stderr)
 
 

@@ -150,7 +150,10 @@ def _of_rewards(reward: RewardOptions) -> Iterator[tuple[str, str]]:
     own = used.difference(BUILT_IN_REWARDS)
     default_format = "format" in used and reward.format_pattern is None
     if not own:
-        yield "reward.path", f"reward.name is {', '.join(reward.names)}, and none of that is in the file"
+        yield (
+            "reward.path",
+            f"reward.name is {', '.join(reward.names)}, which is not in the file; name its function, such as compute_score",
+        )
     if "format" not in used:
         yield "reward.format_pattern", "reward.name has no format"
     if "length" not in used:

@@ -13,6 +13,7 @@ from posttrain.data.provenance.messages import texts_of
 from posttrain.data.sources import Row
 from posttrain.data.tokenized import Report
 from posttrain.distributed.world import World
+from posttrain.errors import InputError
 from posttrain.records import Completion, Conversation
 from posttrain.rewards.gsm8k import final_answer
 from posttrain.rewards.score import Answered, Score, Scorer, Verdict
@@ -145,3 +146,18 @@ def judge_all(
         for problem, completion, score in zip(problems, completions, scores, strict=True)
         if score is not None
     ]
+
+
+def check_judged(problems: Sequence[Problem], files: str, scorer: Scorer, rewards: Sequence[str]) -> None:
+    """Raise InputError where no answer could be judged, before any is given."""
+    if not scorer.needs_truth:
+        return
+    silence = Completion(np.zeros(0, np.int32))
+    scores = (scorer.score([answered(problem, silence)])[0] for problem in problems)
+    first = next(scores)
+    if first.verdict is Verdict.UNKNOWN and all(score.verdict is Verdict.UNKNOWN for score in scores):
+        raise InputError(
+            f"None of the {len(problems)} rows of {files} can be judged by reward.name={', '.join(rewards)}; the first: "
+            f"{first.problem}. Expected reward_model.ground_truth, or a number after a final #### of the answer. "
+            "`posttrain generate` writes answers to look at."
+        )

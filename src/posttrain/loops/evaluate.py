@@ -18,26 +18,25 @@ from posttrain.distributed.device import choose_device
 from posttrain.distributed.watchdog import watching
 from posttrain.distributed.world import World, join_world
 from posttrain.errors import InputError
-from posttrain.loops.answering import Answer, Problem, answer_all, answered, judge_all, read_problems, requests_for
+from posttrain.loops.answering import Answer, answer_all, check_judged, judge_all, read_problems, requests_for
 from posttrain.loops.training_data import chat_maker
 from posttrain.models.load import find_model, load_model
-from posttrain.records import Completion
 from posttrain.rewards.accuracy import Accuracy
-from posttrain.rewards.score import Scorer, Verdict, open_scorer
+from posttrain.rewards.score import open_scorer
 from posttrain.rollout.rollout import Sampling
 from posttrain.rollout.transformers import TransformersRollout
 from posttrain.run.progress import Display
 
 
 def evaluate(config: Config, files: Sequence[str], output: Path, limit: int | None = None) -> Accuracy:
-    """Answer and judge the problems of `files`, write a line for each to `output`, and give the accuracy.
+    """Answer and judge the problems of `files` (rollout.n times each), write a line for each answer to `output`, and give the accuracy.
 
     Raises InputError where no row can be judged or the model cannot be loaded.
     """
     answers, shown = _answers(config, files, "--test_file", limit, judged=True)
     if shown:
         _write_lines(output, [answer.as_record() for answer in answers])
-    return Accuracy.of([answer.verdict for answer in answers])
+    return Accuracy.of([answer.verdict for answer in answers], config.rollout.n or 1)
 
 
 def generate(config: Config, files: Sequence[str], output: Path, num_samples: int) -> list[Answer]:
@@ -75,36 +74,25 @@ def _answers(
         for line in left_out:
             display.say(line)
         if judged:
-            world.everyone(lambda: _check_judged(problems, files, scorer, ", ".join(config.reward.names)))
+            world.everyone(lambda: check_judged(problems, ", ".join(files), scorer, config.reward.names))
         options = config.rollout
         rollout = TransformersRollout(_model(config, world), chat.tokenizer, options.batch_size)
-        requests = requests_for(problems, 1, options.max_new_tokens, config.trainer.seed)
+        count = options.n or 1
+        requests = requests_for(problems, count, options.max_new_tokens, config.trainer.seed)
         sampling = Sampling(options.temperature or 0.0, options.top_p, options.top_k)
         watchdog.beat("answering", patient=True)
-        display.begin_work("answering", -(-len(problems) // world.size))
+        display.begin_work("answering", -(-len(requests) // world.size))
         completions = answer_all(rollout, requests, sampling, world, display.advance)
+        for warning in rollout.warnings:
+            display.say(warning)
         display.begin_work("judging", None)
-        answers = judge_all(problems, completions, scorer, world, display.advance)
+        asked = [problem for problem in problems for _ in range(count)]
+        answers = judge_all(asked, completions, scorer, world, display.advance)
         display.end_work()
         if judged and world.is_main:
             for line in _about_rewards(answers):
                 print(line, file=sys.stderr)  # stdout may be the one JSON object
         return answers, world.is_main
-
-
-def _check_judged(problems: list[Problem], files: Sequence[str], scorer: Scorer, rewards: str) -> None:
-    """Raise InputError where no answer could be judged, before any is given."""
-    if not scorer.needs_truth:
-        return
-    silence = Completion(np.zeros(0, np.int32))
-    scores = (scorer.score([answered(problem, silence)])[0] for problem in problems)
-    first = next(scores)
-    if first.verdict is Verdict.UNKNOWN and all(score.verdict is Verdict.UNKNOWN for score in scores):
-        raise InputError(
-            f"None of the {len(problems)} rows of {', '.join(files)} can be judged by reward.name={rewards}; the first: "
-            f"{first.problem}. Expected reward_model.ground_truth, or a number after a final #### of the answer. "
-            "`posttrain generate` writes answers to look at."
-        )
 
 
 def _about_rewards(answers: list[Answer]) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from functools import partial
 
 from posttrain.config.schema import Config
@@ -11,6 +12,7 @@ from posttrain.distributed.world import join_world
 from posttrain.engine.build import build_engine, build_reference, kept_dtype
 from posttrain.engine.engine import Engine
 from posttrain.errors import InputError
+from posttrain.loops.answering import check_judged
 from posttrain.loops.answers_shown import show_answers
 from posttrain.loops.given import read_completions
 from posttrain.loops.learner import Learner
@@ -21,6 +23,8 @@ from posttrain.loops.training_run import TrainingRun
 from posttrain.loops.validation import accuracy_of
 from posttrain.rewards.score import open_scorer
 from posttrain.run.progress import Display
+
+LOOKED_AT = 256  # prompts that are tried for a ground truth before a model is loaded
 
 
 def grpo(config: Config, resolved_yaml: str, gradients_to: str | None = None, completions: str | None = None) -> None:
@@ -37,16 +41,20 @@ def grpo(config: Config, resolved_yaml: str, gradients_to: str | None = None, co
         join_world(device, dtype, config.engine, watchdog, kept_dtype(config.model)) as world,
         Display(world.is_main, watchdog.alive) as display,
         TrainingRun.open(config, resolved_yaml, world, display) as run,
+        ExitStack() as opened,
     ):
+        scorer = world.everyone(lambda: opened.enter_context(open_scorer(config.reward)))
         data = open_prompts(config, world, display)
         run.plan(data, describe_prompts(data, config, world), prompt_report(data))
+        files = ", ".join(config.data.train_files)
+        world.everyone(lambda: check_judged(data.train[:LOOKED_AT], files, scorer, config.reward.names))
         given = world.everyone(lambda: read_completions(completions, data)) if completions else None
         engine = build_engine(
             config.model, config.engine, config.optim, sum(updates_of(data.schedule, config)), world, dtype,
             packing=config.data.packing, seed=config.trainer.seed, temperature=config.rollout.temperature or 1.0,
         )  # fmt: skip
         reference = build_reference(engine, config.model, config.engine, dtype) if config.algorithm.kl_coef else None
-        with open_scorer(config.reward) as scorer, open_rollout(engine, data, config) as rollout:
+        with open_rollout(engine, data, config) as rollout:
             run.resume(engine)
             learner = Learner(config, engine, reference)
             answering = Answering(rollout, scorer, data, config, world, given)
@@ -68,8 +76,7 @@ def train(run: TrainingRun, learner: Learner, answering: Answering) -> None:
     while run.step < data.schedule.num_steps and not run.stopping:
         answering.rollout.take(engine.named_weights())
         found = answering.step(run.step)
-        while answering.rollout.warnings:
-            run.display.say(answering.rollout.warnings.pop(0))
+        answering.say_what_is_wrong(found, run.step + 1, run.display)
         run.record(learner.learn(found, run.step, len(data.schedule.rows(run.step))))
         if run.due(trainer.sample_freq):
             run.world.on_main(partial(show_answers, found, run.step, run.display, run.folder))

@@ -18,6 +18,7 @@ from posttrain.records import Completion
 from posttrain.rewards.score import Scorer
 from posttrain.rollout.rollout import Request, Rollout, Sampling
 from posttrain.rollout.transformers import TransformersRollout
+from posttrain.run.progress import Display
 
 
 @contextmanager
@@ -63,6 +64,16 @@ class Answering:
             found = found.joined(self._batch(more, step)) if more else found
         return found
 
+    def say_what_is_wrong(self, found: Experience, step: int, display: Display) -> None:
+        """What the rollout engine warns of, and the first answer of the step that nobody could judge."""
+        while self.rollout.warnings:
+            display.say(self.rollout.warnings.pop(0))
+        unknown = [score.problem for score in found.scores if score.reward is None]
+        if unknown:
+            display.say(
+                f"step {step}: {len(unknown)} of {len(found)} answers could not be judged, such as: {unknown[0]}"
+            )
+
     def _batch(self, problems: Sequence[tuple[int, Problem]], step: int) -> Experience:
         config, world = self.config, self.world
         world.watchdog.beat("answering", patient=True)
@@ -74,7 +85,10 @@ class Answering:
         completions = world.everyone(lambda: self._completions(own, asked, step))
         answered_at = time.perf_counter()
         scores = world.everyone(
-            lambda: self.scorer.score([answered(p, c) for (_, p), c in zip(asked, completions, strict=True)])
+            lambda: self.scorer.score(
+                [answered(p, c) for (_, p), c in zip(asked, completions, strict=True)],
+                lambda done: world.watchdog.alive(),
+            )
         )
         seconds = {"rollout": answered_at - started, "reward": time.perf_counter() - answered_at}
         parts = world.gather((asked, completions, scores, seconds))

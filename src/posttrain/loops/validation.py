@@ -12,7 +12,7 @@ from posttrain.engine.engine import Engine
 from posttrain.engine.export import assemble
 from posttrain.loops.answering import Problem, answer_all, judge_all, read_problems, requests_for
 from posttrain.loops.training_data import TrainingData
-from posttrain.rewards.accuracy import accuracies
+from posttrain.rewards.accuracy import Accuracy
 from posttrain.rewards.score import Scorer, open_scorer
 from posttrain.rollout.rollout import Rollout, Sampling
 from posttrain.rollout.transformers import TransformersRollout
@@ -46,7 +46,13 @@ def accuracy_of(
     completions = answer_all(rollout, requests, sampling, world, alive)
     asked = [problem for problem in problems for _ in range(options.val_n)]
     verdicts = [answer.verdict for answer in judge_all(asked, completions, scorer, world, alive)]
-    return accuracies([verdicts[i : i + options.val_n] for i in range(0, len(verdicts), options.val_n)])
+    accuracy = Accuracy.of(verdicts, options.val_n)
+    return {
+        "val_accuracy": accuracy.share,
+        "val_accuracy_low": accuracy.low,
+        "val_accuracy_high": accuracy.high,
+        **{f"val_pass_at_{k}": chance for k, chance in accuracy.pass_at.items()},
+    }
 
 
 def _loss(engine: Engine, data: TrainingData) -> float:

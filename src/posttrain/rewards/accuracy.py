@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from posttrain.rewards.verdict import Verdict
 
@@ -13,20 +13,40 @@ Z_95 = 1.959963984540054  # standard normal quantile of a two-sided 95% interval
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Right answers among those that could be judged; what could not be is counted apart."""
+    """Right answers among those that could be judged; what could not be is counted apart.
+
+    With several answers a problem `problem_error` is the standard error of the mean over problems, and `pass_at` the chance that one of
+    k answers is right, for k = 2, 4, ... and all.
+    """
 
     num_correct: int
     num_judged: int
     num_unknown: int = 0
+    answers_a_problem: int = 1
+    problem_error: float = 0.0
+    pass_at: dict[int, float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, verdicts: Sequence[Verdict]) -> Accuracy:
+    def of(cls, verdicts: Sequence[Verdict], answers_a_problem: int = 1) -> Accuracy:
+        """Of all answers, those to one problem next to each other."""
         unknown = sum(verdict is Verdict.UNKNOWN for verdict in verdicts)
-        return cls(sum(verdict is Verdict.RIGHT for verdict in verdicts), len(verdicts) - unknown, unknown)
+        correct, judged = sum(verdict is Verdict.RIGHT for verdict in verdicts), len(verdicts) - unknown
+        if answers_a_problem == 1:
+            return cls(correct, judged, unknown)
+        starts = range(0, len(verdicts), answers_a_problem)
+        known = [
+            [v is Verdict.RIGHT for v in verdicts[i : i + answers_a_problem] if v is not Verdict.UNKNOWN]
+            for i in starts
+        ]
+        groups = [group for group in known if group]
+        most = min(map(len, groups), default=0)
+        sizes = sorted({2**power for power in range(1, most.bit_length())} | {most} - {0, 1})
+        pass_at = {k: sum(pass_at_k(sum(group), len(group), k) for group in groups) / len(groups) for k in sizes}
+        return cls(correct, judged, unknown, answers_a_problem, _mean_error([sum(g) / len(g) for g in groups]), pass_at)
 
     @property
     def num_problems(self) -> int:
-        return self.num_judged + self.num_unknown
+        return (self.num_judged + self.num_unknown) // self.answers_a_problem
 
     @property
     def share(self) -> float:
@@ -48,6 +68,8 @@ class Accuracy:
         if not self.num_judged:
             return math.nan, math.nan
         n, p, z = self.num_judged, self.share, Z_95
+        if self.answers_a_problem > 1:  # answers to one problem are not independent
+            return max(p - z * self.problem_error, 0.0), min(p + z * self.problem_error, 1.0)
         center = (p + z**2 / (2 * n)) / (1 + z**2 / n)
         half = z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
         low = 0.0 if self.num_correct == 0 else center - half  # exactly, which rounding would miss
@@ -62,30 +84,12 @@ def pass_at_k(num_right: int, num_answers: int, k: int) -> float:
     return 1.0 - math.comb(num_answers - num_right, k) / math.comb(num_answers, k)
 
 
-def accuracies(verdicts: Sequence[Sequence[Verdict]]) -> dict[str, float]:
-    """Accuracy with its 95% interval over problems, each with the verdicts of all its answers, and pass@k for k = 2, 4, ... and all.
-
-    Answers that could not be judged are left out, problems without any that could be too. With several answers a problem the
-    interval is that of the mean over problems, since answers to one problem are not independent.
-    """
-    known = [[v is Verdict.RIGHT for v in group if v is not Verdict.UNKNOWN] for group in verdicts]
-    judged = [group for group in known if group]
-    most = min(map(len, judged), default=0)
-    if most <= 1:
-        flat = Accuracy(sum(map(sum, judged)), sum(map(len, judged)))
-        return {"val_accuracy": flat.share, "val_accuracy_low": flat.low, "val_accuracy_high": flat.high}
-    shares = [sum(group) / len(group) for group in judged]
-    mean = sum(shares) / len(shares)
-    spread = math.sqrt(sum((share - mean) ** 2 for share in shares) / max(len(shares) - 1, 1) / len(shares))
-    found = {
-        "val_accuracy": mean,
-        "val_accuracy_low": max(mean - Z_95 * spread, 0.0),
-        "val_accuracy_high": min(mean + Z_95 * spread, 1.0),
-    }
-    for k in sorted({2**power for power in range(1, most.bit_length())} | {most}):
-        chances = [pass_at_k(sum(group), len(group), k) for group in judged]
-        found[f"val_pass_at_{k}"] = sum(chances) / len(chances)
-    return found
+def _mean_error(values: Sequence[float]) -> float:
+    """Standard error of the mean of independent values."""
+    if len(values) < 2:
+        return math.nan
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
 
 
 @dataclass(frozen=True)
@@ -103,8 +107,7 @@ class Difference:
         gains = [(b is Verdict.RIGHT) - (a is Verdict.RIGHT) for a, b in pairs]
         if len(gains) < 2:
             return cls(math.nan, math.nan, math.nan)
-        mean = sum(gains) / len(gains)
-        error = math.sqrt(sum((gain - mean) ** 2 for gain in gains) / (len(gains) - 1) / len(gains))
+        mean, error = sum(gains) / len(gains), _mean_error(gains)
         return cls(mean, mean - Z_95 * error, mean + Z_95 * error)
 
     def __str__(self) -> str:

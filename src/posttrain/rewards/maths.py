@@ -7,6 +7,7 @@ is a signal that the main thread alone could take).
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any
 
 from posttrain.errors import InputError
@@ -20,6 +21,7 @@ except ImportError as error:
     ) from None
 
 BOXED = "\\boxed"
+_BOXED_WORDS = re.compile(r"\\boxed\{((?=.*[A-Za-z]{3})[A-Za-z' ]+)\}")
 
 # it warns once that its time limit is off
 logging.getLogger("math_verify").setLevel(logging.CRITICAL)
@@ -28,7 +30,7 @@ logging.getLogger("math_verify").setLevel(logging.CRITICAL)
 def judge_math(answer: Answered) -> Outcome:
     """Whether the last \\boxed{} of the answer, or else its last mathematical expression, equals the ground truth."""
     truth = answer.ground_truth
-    gold = [] if truth is None else _expressions(truth if "$" in truth or BOXED in truth else f"${truth}$")
+    gold = [] if truth is None else _expressions(last_boxed(truth) or f"{BOXED}{{{truth.strip().strip('$')}}}")
     if not gold:
         what = "the row has no ground truth" if truth is None else f"the ground truth {truth[:60]!r} cannot be read"
         return Outcome.unknown(what)
@@ -50,5 +52,7 @@ def last_boxed(text: str) -> str | None:
 
 def _expressions(text: str) -> list[Any]:
     """What math-verify reads as mathematics; text that it cannot read is nothing."""
+    if words := _BOXED_WORDS.fullmatch(text):  # else `east` is a product of letters, and equal to `seat`
+        text = f"{BOXED}{{\\text{{{words[1]}}}}}"
     configs = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
     return parse(text, configs, fallback_mode="no_fallback", parsing_timeout=None)

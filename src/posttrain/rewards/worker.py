@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 from multiprocessing.connection import Connection
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
@@ -20,6 +21,7 @@ READY = "ready"
 
 def serve(reading: int, writing: int) -> None:
     """Load the rewards that come first, say `READY` or what is wrong, then answer until the other end is closed."""
+    _die_first()
     questions: SimpleQueue[Any] = SimpleQueue()
     threading.Thread(target=_read, args=(Connection(reading, writable=False), questions), daemon=True).start()
     answers = Connection(writing, readable=False)
@@ -36,6 +38,13 @@ def serve(reading: int, writing: int) -> None:
         except Exception as error:  # of math-verify; a user's function answers for itself
             outcome = Outcome.unknown(f"it raised {type(error).__name__}: {error}"[:300])
         answers.send(outcome)
+
+
+def _die_first() -> None:
+    """Where memory runs out, Linux shall end this process and not the run."""
+    adjustment = Path("/proc/self/oom_score_adj")
+    if adjustment.exists():
+        adjustment.write_text("1000")
 
 
 def _read(connection: Connection, questions: SimpleQueue[Any]) -> None:
