@@ -61,6 +61,7 @@ class Sample:
     ids_T: np.ndarray  # int32
     weights_T: np.ndarray  # float32
     signals: dict[str, np.ndarray] = field(default_factory=dict)
+    prompt_length: int = 0  # untrained tokens at its beginning that it may share with other answers to the same prompt
 
     def __len__(self) -> int:
         return len(self.ids_T)
@@ -71,6 +72,8 @@ class MicroBatch:
     """Documents packed into one row for one forward pass. Labels are already shifted, inside each document only.
 
     `weights_T[t]` and each of `signals` belong to `labels_T[t]`, the token after t; the last token of a document has weight 0.
+    A document may be a prompt with several answers, none of which sees another: first the prompt without its last token, then for
+    each answer that token and its own, their positions following the prompt's. `branches_N` gives the tokens of each such part.
     A micro-batch without documents holds one token of weight 0: a rank without rows still joins every collective.
     """
 
@@ -81,6 +84,12 @@ class MicroBatch:
     lengths_N: tuple[int, ...]  # tokens of each document, in order
     rows_N: tuple[int, ...]  # where each document came from; empty for a filler
     signals: dict[str, np.ndarray] = field(default_factory=dict)  # float32, T each; none in a filler
+    branches_N: tuple[tuple[int, ...], ...] = ()  # (tokens,) for a plain document; () where all are plain
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """Tokens of each stretch of tokens that follow each other: documents, or the parts of those that branch."""
+        return tuple(length for branches in self.branches_N for length in branches) or self.lengths_N
 
     @property
     def num_tokens(self) -> int:

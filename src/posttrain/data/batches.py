@@ -8,7 +8,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -103,6 +103,34 @@ def pack(samples: Sequence[Sample]) -> MicroBatch:
         rows_N=tuple(s.row for s in samples),
         signals={name: shifted([s.signals[name] for s in samples]) for name in samples[0].signals},
     )
+
+
+def pack_answers(groups: Sequence[Sequence[Sample]]) -> MicroBatch:
+    """Answers end to end; those of a group, which begin with the same prompt of at least two tokens, share it."""
+    parts, branches = [], []
+    for group in groups:
+        shared = group[0].prompt_length - 1 if len(group) > 1 else 0
+        prompt = [_slice(group[0], 0, shared)] if shared else []
+        answers = [_slice(sample, shared, len(sample)) for sample in group]
+        parts += prompt + answers
+        branches.append(tuple(len(part) for part in prompt + answers))
+    packed = pack(parts)
+    if all(len(lengths) == 1 for lengths in branches):
+        return packed
+    begins = [[0, *[lengths[0]] * (len(lengths) - 1)] for lengths in branches]
+    offsets = [begin for group in begins for begin in group]
+    return replace(
+        packed,
+        positions_T=packed.positions_T + np.repeat(offsets, packed.lengths_N),
+        lengths_N=tuple(sum(lengths) for lengths in branches),
+        rows_N=tuple(group[0].row for group in groups),
+        branches_N=tuple(branches),
+    )
+
+
+def _slice(sample: Sample, begin: int, end: int) -> Sample:
+    signals = {name: values[begin:end] for name, values in sample.signals.items()}
+    return Sample(sample.row, sample.ids_T[begin:end], sample.weights_T[begin:end], signals)
 
 
 def _spread(lengths: np.ndarray, num_bins: int, max_rows: int | None, max_tokens: int | None) -> list[list[int]] | None:

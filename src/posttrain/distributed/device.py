@@ -109,6 +109,11 @@ class Device:
         return torch.zeros_like(tensor, device=home, pin_memory=pinned)
 
     @property
+    def shares_prompts(self) -> bool:
+        """Whether answers may go through the model with their prompt once: where attention is computed document by document."""
+        return not has_varlen_attention(self.torch_device)
+
+    @property
     def default_max_tokens(self) -> int:
         """Tokens of a micro-batch where the user says nothing."""
         return TOKENS_A_MICRO_BATCH.get(self.type, TOKENS_A_MICRO_BATCH_ELSEWHERE)

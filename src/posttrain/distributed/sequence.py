@@ -61,6 +61,7 @@ class Sequence:
             positions_T=positions_T,
             lengths_N=(*whole.lengths_N, missing) if missing else whole.lengths_N,
             rows_N=whole.rows_N,
+            branches_N=(*whole.branches_N, (missing,)) if missing and whole.branches_N else whole.branches_N,
         )
 
     def own_part(self, values_T: Tensor) -> Tensor:

@@ -145,7 +145,7 @@ class Engine:
         signals = {name: torch.from_numpy(x).to(device, non_blocking=True) for name, x in micro_batch.signals.items()}
         slope_T = loss.slope(weights_T, total_weight) if loss.slope else None
         logprobs_T, entropies_T = self._logprobs(micro_batch, slope_T, loss.wants_entropies)
-        return Scored(logprobs_T, weights_T, total_weight, entropies_T, micro_batch.lengths_N, signals)
+        return Scored(logprobs_T, weights_T, total_weight, entropies_T, micro_batch.parts, signals)
 
     def _logprobs(
         self, micro_batch: MicroBatch, slope_T: Tensor | None = None, entropies: bool = False
@@ -163,7 +163,7 @@ class Engine:
             torch.from_numpy(array).to(device, non_blocking=True)
             for array in (part.ids_T, part.positions_T, np.maximum(part.labels_T, 0), counting_S)
         )
-        documents = Documents.of(part.lengths_N, device, sequence)
+        documents = Documents.of(part.lengths_N, device, sequence, part.branches_N)
         if slope_T is not None and sequence:
             slope_T = sequence.own_part(slope_T)
         slope_S = None if slope_T is None else slope_T[chosen_S]

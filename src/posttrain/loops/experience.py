@@ -164,7 +164,7 @@ def samples_of(row: int, completion: Completion) -> list[Sample]:
             drawn = [np.zeros(len(s.ids_T)) if s.logprobs_T is None else s.logprobs_T for s in piece.segments]
             signals["rollout_logprobs"] = np.concatenate([prompt_T, *drawn]).astype(np.float32)
         if weights_T[1:].any():
-            samples.append(Sample(row, ids_T, weights_T, signals))
+            samples.append(Sample(row, ids_T, weights_T, signals, len(piece.prompt_ids_T)))
     return samples
 
 

@@ -38,7 +38,8 @@ class Learner:
             max_tokens = engine.world.device.default_max_tokens
         sharing = config.engine.ulysses_sequence_parallel_size
         max_rows = data.micro_batch_size_per_gpu if data.packing else 1
-        self.limits = Limits(max_rows, max_tokens and max_tokens * sharing)
+        share = data.packing and engine.world.device.shares_prompts
+        self.limits = Limits(max_rows, max_tokens and max_tokens * sharing, share)
         gradient = policy_gradient(config.algorithm)
         self.loss = gradient.loss()
         self.loss_of_all = bool(gradient.kl_coef or gradient.entropy_coef)  # answers without advantage too

@@ -6,10 +6,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import numpy as np
 
-from posttrain.data.batches import pack, split
+from posttrain.data.batches import pack_answers, split
 from posttrain.distributed.world import World
 from posttrain.engine.engine import Engine
 from posttrain.records import MicroBatch, Sample
@@ -17,21 +18,39 @@ from posttrain.records import MicroBatch, Sample
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one micro-batch: samples and tokens."""
+    """Of one micro-batch: samples and tokens. `share`: answers to one prompt, next to each other, go through the model with it once."""
 
     max_rows: int | None
     max_tokens: int | None
+    share: bool
 
-    def parts(self, samples: Sequence[Sample], world: World) -> list[list[int]]:
-        """Numbers of the samples in each of this process's micro-batches."""
-        lengths = [len(sample) for sample in samples]
+    def micro_batches(self, samples: Sequence[Sample], world: World) -> list[list[list[int]]]:
+        """Numbers of the samples in each document of each of this process's micro-batches."""
+        documents = self._documents(samples)
+        lengths = [_num_tokens([samples[i] for i in document]) for document in documents]
         longest = max([*lengths, self.max_tokens or 0])  # an answer is as long as it is
-        return split(lengths, world.num_readers, self.max_rows, self.max_tokens and longest)[world.reader]
+        parts = split(lengths, world.num_readers, self.max_rows, self.max_tokens and longest)[world.reader]
+        return [[documents[number] for number in part] for part in parts]
+
+    def _documents(self, samples: Sequence[Sample]) -> list[list[int]]:
+        """Samples that share a prompt, no more than fit."""
+        if not self.share or self.max_rows is not None:
+            return [[i] for i in range(len(samples))]
+        documents: list[list[int]] = []
+        for _, same in groupby(range(len(samples)), key=lambda i: _prompt(samples[i], i)):
+            begun: list[int] = []
+            for i in same:
+                if begun and self.max_tokens and _num_tokens([samples[j] for j in (*begun, i)]) > self.max_tokens:
+                    documents.append(begun)
+                    begun = []
+                begun.append(i)
+            documents.append(begun)
+        return documents
 
 
 def micro_batches(samples: Sequence[Sample], limits: Limits, world: World) -> list[MicroBatch]:
     """This process's part of the samples."""
-    return [pack([samples[i] for i in documents]) for documents in limits.parts(samples, world)]
+    return [_packed(samples, documents) for documents in limits.micro_batches(samples, world)]
 
 
 def with_logprobs(
@@ -39,16 +58,32 @@ def with_logprobs(
 ) -> list[Sample]:
     """The samples with the log-probabilities that the engine gives them now, as a signal. Every process must call this."""
     world = engine.world
-    parts = limits.parts(samples, world)
+    parts = limits.micro_batches(samples, world)
     found: dict[int, np.ndarray] = {}
-    outputs = engine.forward([pack([samples[i] for i in documents]) for documents in parts], adapters)
+    outputs = engine.forward([_packed(samples, documents) for documents in parts], adapters)
     for documents, logprobs_T in zip(parts, outputs, strict=True):
-        ends = np.cumsum([len(samples[i]) for i in documents])
-        for i, end in zip(documents, ends, strict=True):
-            own_T = logprobs_T[end - len(samples[i]) : end]
-            found[i] = np.concatenate(
-                [np.zeros(1, np.float32), own_T[:-1]]
-            )  # a signal stands at its token, not before it
+        end = 0
+        for document in documents:
+            shared = samples[document[0]].prompt_length - 1 if len(document) > 1 else 0
+            end += shared
+            for i in document:
+                begin, end = end, end + len(samples[i]) - shared
+                # a signal stands at its token, a log-probability at the one before it
+                found[i] = np.concatenate([np.zeros(shared + 1, np.float32), logprobs_T[begin : end - 1]])
     for others in world.gather(found if world.counts else {}):
         found |= others
-    return [replace(s, signals={**s.signals, name: found[i]}) for i, s in enumerate(samples)]
+    return [replace(sample, signals={**sample.signals, name: found[i]}) for i, sample in enumerate(samples)]
+
+
+def _packed(samples: Sequence[Sample], documents: list[list[int]]) -> MicroBatch:
+    return pack_answers([[samples[i] for i in document] for document in documents])
+
+
+def _num_tokens(group: Sequence[Sample]) -> int:
+    shared = group[0].prompt_length - 1 if len(group) > 1 else 0
+    return shared + sum(len(sample) - shared for sample in group)
+
+
+def _prompt(sample: Sample, number: int) -> bytes | int:
+    """What answers to the same prompt have in common; those with a prompt too short to share have nothing."""
+    return sample.ids_T[: sample.prompt_length].tobytes() if sample.prompt_length > 1 else number

@@ -9,7 +9,7 @@ Where processes share a row, each attends with a part of the heads over all of i
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,11 +34,28 @@ class Documents:
     lengths: tuple[int, ...]
     borders: Tensor
     sequence: Sequence | None = None
+    branches: tuple[tuple[int, ...], ...] = ()  # see MicroBatch
+    masks: dict[tuple[tuple[int, ...], int | None], Tensor] = field(default_factory=dict)  # of branches, made once
 
     @classmethod
-    def of(cls, lengths: tuple[int, ...], device: torch.device, sequence: Sequence | None = None) -> Documents:
+    def of(
+        cls,
+        lengths: tuple[int, ...],
+        device: torch.device,
+        sequence: Sequence | None = None,
+        branches: tuple[tuple[int, ...], ...] = (),
+    ) -> Documents:
         borders = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return cls(lengths, borders.to(device, non_blocking=True), sequence)
+        return cls(lengths, borders.to(device, non_blocking=True), sequence, branches)
+
+    def mask(self, number: int, window: int | None) -> Tensor | None:
+        """True where a token of that document may look at another; None where it is plain."""
+        parts = self.branches[number] if self.branches else ()
+        if len(parts) < 2:
+            return None
+        if (parts, window) not in self.masks:
+            self.masks[parts, window] = _branched(parts, window, self.borders.device)
+        return self.masks[parts, window]
 
 
 def packed_attention(
@@ -66,7 +83,7 @@ def packed_attention(
     head_dim = query_1HTD.shape[-1]
     fits = head_dim == value_1KTD.shape[-1] and head_dim % 8 == 0 and head_dim <= 256
     plain = fits and not softcap and not dropout and query_1HTD.dtype != torch.float32
-    attend = _varlen if plain and has_varlen_attention(query_1HTD.device) else _per_document
+    attend = _varlen if plain and not documents.branches and has_varlen_attention(query_1HTD.device) else _per_document
     sequence = documents.sequence
     if sequence is not None:
         times = sequence.repeats(query_1HTD.shape[1], key_1KTD.shape[1])
@@ -106,10 +123,15 @@ def _per_document(query, key, value, documents: Documents, scaling, sliding_wind
     if query.shape[1] != key.shape[1]:
         key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
     out = []
-    for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True):
+    each = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+    for number, (q, k, v) in enumerate(each):
         length = q.shape[2]
+        mask = documents.mask(number, sliding_window)
         if softcap:
-            out.append(_eager(q, k, v, scaling, sliding_window, softcap, dropout))
+            seen = mask if mask is not None else _window(length, sliding_window or length, q.device)
+            out.append(_eager(q, k, v, scaling, seen, softcap, dropout))
+        elif mask is not None:
+            out.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling))
         elif sliding_window is not None and sliding_window < length:
             mask = _window(length, sliding_window, q.device)
             out.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling))
@@ -118,12 +140,11 @@ def _per_document(query, key, value, documents: Documents, scaling, sliding_wind
     return torch.cat(out, dim=2).transpose(1, 2)
 
 
-def _eager(q, k, v, scaling, sliding_window, softcap: float, dropout: float) -> Tensor:
+def _eager(q, k, v, scaling, seen: Tensor, softcap: float, dropout: float) -> Tensor:
     """Attention whose scores pass through `softcap * tanh(scores / softcap)` (Gemma 2), which no fused call offers."""
     scores = (q @ k.transpose(-1, -2)) * (scaling if scaling is not None else q.shape[-1] ** -0.5)
     scores = softcap * torch.tanh(scores / softcap)
-    length = q.shape[2]
-    scores = scores.masked_fill(~_window(length, sliding_window or length, q.device), float("-inf"))
+    scores = scores.masked_fill(~seen, float("-inf"))
     return F.dropout(scores.softmax(-1, dtype=torch.float32).to(q.dtype), dropout) @ v
 
 
@@ -131,3 +152,15 @@ def _window(length: int, window: int, device: torch.device) -> Tensor:
     """True where a query (row) may look: at itself and the window - 1 tokens before it."""
     distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
     return (distance >= 0) & (distance < window)
+
+
+def _branched(parts: tuple[int, ...], window: int | None, device: torch.device) -> Tensor:
+    """The same where the first part is followed by each of the others alone."""
+    sizes = torch.tensor(parts, device=device)
+    owners = torch.arange(len(parts), device=device).repeat_interleave(sizes)
+    begins = torch.cat([sizes.new_zeros(1), sizes[:1].expand(len(parts) - 1)])
+    starts = sizes.cumsum(0) - sizes
+    positions = torch.arange(len(owners), device=device) + (begins - starts).repeat_interleave(sizes)
+    distance = positions[:, None] - positions
+    seen = ((owners[:, None] == owners) | (owners == 0)) & (distance >= 0)
+    return seen if window is None else seen & (distance < window)

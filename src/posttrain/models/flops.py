@@ -27,7 +27,9 @@ def forward_backward_flops(config: Any) -> Callable[[MicroBatch], float]:
     body = layers * (attention + mlp)
 
     def count(micro_batch: MicroBatch) -> float:
-        squares = float(np.square(np.asarray(micro_batch.lengths_N, dtype=np.float64)).sum())
+        squares = float(np.square(np.asarray(micro_batch.parts, dtype=np.float64)).sum())
+        for prompt, *answers in (branches for branches in micro_batch.branches_N if len(branches) > 1):
+            squares += 2.0 * prompt * sum(answers)  # each answer looks at the whole prompt
         trained = int(np.count_nonzero(micro_batch.weights_T))
         return 6.0 * (
             body * micro_batch.num_tokens + hidden * text.vocab_size * trained + layers * heads * head_dim * squares
