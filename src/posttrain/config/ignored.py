@@ -28,6 +28,7 @@ def _without_effect(config: Config) -> Iterator[tuple[str, str]]:
     yield from _of_layout(config)
     yield from _of_optim(config)
     yield from _of_validation(config)
+    yield from _of_tools(config)
     yield from _of_trainer(config)
 
 
@@ -105,6 +106,12 @@ def _of_validation(config: Config) -> Iterator[tuple[str, str]]:
         watching = ("test_freq", "val_before_train", "num_val_generations", "best_metric", "early_stopping_patience")
         for option in watching:
             yield f"trainer.{option}", "there is nothing to validate on without data.val_files"
+
+
+def _of_tools(config: Config) -> Iterator[tuple[str, str]]:
+    if not config.tools.functions:
+        for option in ("max_turns", "max_answer_tokens", "timeout_seconds"):
+            yield f"tools.{option}", "tools.functions names no tool"
 
 
 def _of_trainer(config: Config) -> Iterator[tuple[str, str]]:

@@ -296,6 +296,20 @@ class RewardOptions(Section):
     """gsm8k_strict: the number after `####` must be the right one. gsm8k_flexible: the last number of the answer must be."""
 
 
+class ToolOptions(Section):
+    """What the model may call while it answers."""
+
+    functions: TextList = []
+    """Tools: calculator, or functions of Python files as path/to/file.py:function. They are run: name only files that you
+    trust. Not given: every answer is one turn."""
+    max_turns: PositiveInt = 4
+    """Most answers of the model to one prompt; one that calls a tool in the last of them is cut there."""
+    max_answer_tokens: PositiveInt = 256
+    """Longest answer of a tool in tokens; longer ones are cut. They do not count for `rollout.max_new_tokens`."""
+    timeout_seconds: PositiveFloat = 5.0
+    """Time for one call, after which its process is killed and the model is told."""
+
+
 class TrainerOptions(Section):
     """How long, where, and what is kept."""
 
@@ -369,3 +383,4 @@ class Config(Section):
     trainer: TrainerOptions = TrainerOptions()
     rollout: RolloutOptions = RolloutOptions()
     reward: RewardOptions = RewardOptions()
+    tools: ToolOptions = ToolOptions()
