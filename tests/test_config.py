@@ -406,6 +406,7 @@ def test_all_problems_are_told_at_once():
         (["model.lora_adapter_path=.", "model.lora_rank=8"], "model.lora_rank"),
         (["engine.fsdp_size=1"], "engine.fsdp_size"),
         (["engine.reshard_after_forward=false", "trainer.n_gpus_per_node=1"], "engine.reshard_after_forward"),
+        (["tools.max_turns=2"], "tools.max_turns"),
     ],
 )
 def test_chosen_option_without_effect_is_told(arguments: list[str], key: str):
@@ -424,6 +425,7 @@ def test_chosen_option_without_effect_is_told(arguments: list[str], key: str):
         ["trainer.n_gpus_per_node=4", "engine.fsdp_size=2", "engine.reshard_after_forward=false"],
         ["data.val_files=v.jsonl", "trainer.early_stopping_patience=3", "trainer.test_freq=5"],
         ["trainer.logger=[console,wandb]", "trainer.project_name=x"],
+        ["tools.functions=[calculator,./a.py:f]", "tools.max_turns=2", "tools.timeout_seconds=1"],
     ],
 )
 def test_option_with_effect_is_not_told(arguments: list[str]):

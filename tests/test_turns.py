@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from jinja2 import UndefinedError
 
 from posttrain.config.schema import ToolOptions
 from posttrain.data.chat import ChatTokenizer, Rules
@@ -203,13 +204,20 @@ def rollout_ids(tools, text):
 
 def expected_prompt(tools, wrote):
     """What transformers renders for the conversation with the tool's answer, with the text that stands before the call."""
-    messages = messages_of("abcdefghi")
-    messages[1]["content"] = next(
-        (part for part in ("Let me see.", "<think>\nhm\n</think>", "hm\n</think>") if part in wrote), ""
-    )
-    return tools.chat.tokenizer.apply_chat_template(
-        messages, tools=tools.schemas, tokenize=False, add_generation_prompt=True
-    )
+    messages, tokenizer = messages_of("abcdefghi"), tools.chat.tokenizer
+    texts = ("Let me see.", "<think>\nhm\n</think>", "hm\n</think>")
+    for text in [
+        next((text for text in texts if text in wrote), None),
+        "",
+    ]:  # no text is null, where a template takes that
+        messages[1]["content"] = text
+        try:
+            return tokenizer.apply_chat_template(
+                messages, tools=tools.schemas, tokenize=False, add_generation_prompt=True
+            )
+        except (UndefinedError, TypeError):
+            continue
+    return None
 
 
 def test_the_page_about_tools_says_what_is_derived(shared_data, chat_of):
@@ -249,6 +257,13 @@ def test_a_template_that_rewrites_history_gives_earlier_completions(chat_of):
     assert final.count(CALCULATE) == 2 and final.count("<think>") == 1 and shapes(dropped) == [True]
     assert spaced not in chat.tokenizer.decode(respaced.prompt_ids_T)
     assert tools.counts.rewritten == 3 and tools.counts.calls == 3 and tools.counts.turns == 5
+
+
+def test_a_call_that_is_written_differently_costs_no_reasoning(qwen):
+    spaced = "<think>hm</think>" + CALCULATE.replace('"name": ', '"name":')
+    (completion,), _ = run(qwen, [spaced, "7"])
+    prompt = qwen.chat.tokenizer.decode(completion.prompt_ids_T)
+    assert "<think>hm</think>\n" + CALCULATE in prompt and len(completion.earlier) == 1
 
 
 def test_a_template_that_moves_the_system_message_gives_earlier_completions(chat_of):

@@ -192,7 +192,8 @@ def _ask_again(
         except RowError:
             continue
         added_T = _added(asked, so_far, int(trajectory.segments[-1].ids_T[-1]))
-        found = conversation, asked, added_T
+        if found is None or added_T is not None:
+            found = conversation, asked, added_T
         if added_T is not None:
             break
     if found is None:
