@@ -1,5 +1,6 @@
 """Answers in several turns: what the model saw and wrote is kept exactly, tools are run safely, limits hold."""
 
+import copy
 import time
 from functools import cache
 from pathlib import Path
@@ -386,6 +387,30 @@ def test_values_written_as_text_get_the_types_that_the_tool_takes(chat_of):
         "l": ["a", None],
     }
     assert "is missing" in form.read(wrote[:-40], lambda name: parameters).problem
+
+
+OTHER_FORMS = {  # what stands around calls -> what a template writes
+    "nothing between calls": ("<calls>", "{{ call.function | tojson }}", "</calls>"),
+    "lines between calls": ("<calls>\n", "{{ call.function | tojson }}\n", "</calls>"),
+    "an id behind the name": ("", "[CALL]{{ call.function.name }}[ID]{{ call.id }}[ARGS]{{ call.function.arguments | tojson }}", ""),
+    "a list": ("[CALLS]", "{{ ',' if not loop.first }}{{ call.function | tojson }}", "[/CALLS]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHER_FORMS)
+def test_a_form_is_derived_whatever_it_looks_like(name, plain_chat):
+    before, each, after = OTHER_FORMS[name]
+    source = plain_chat.tokenizer.chat_template
+    old = source[source.index("{%- for call in") : source.index("{{ '<|im_end|>\\n' }}{% endfor %}\n{%- if add")]
+    new = f"{{% if m.tool_calls %}}{before}{{% for call in m.tool_calls %}}{each}{{% endfor %}}{after}{{% endif %}}"
+    tokenizer = copy.deepcopy(plain_chat.tokenizer)
+    tokenizer.chat_template = source.replace(old, new)
+    tools = Tools(ToolOptions(functions=["calculator"]), ChatTokenizer(tokenizer))
+    call = _own_text(tools.chat, tools.schemas, [Call("calculator", {"expression": "3+4"}, "IDENTITY0")] * 2)
+    (completion,), _ = run(tools, ["Well" + call, "7"])
+    tools.close()
+    assert shapes(completion) == [True, False, True] and not completion.earlier
+    assert tools.counts.calls == 2 and tools.counts.refused == 0
 
 
 BAD_TOOLS = {

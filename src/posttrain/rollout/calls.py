@@ -84,17 +84,24 @@ class CallForm:
 
     def _calls(self, text: str, at: int, parameters_of: ParametersOf) -> tuple[Call, ...]:
         calls = []
-        between = None if self.between is None else re.compile(_loose(self.between))
-        while True:
-            call, at = self.reader.read(text, at, parameters_of)
+        begin: int | None = at
+        while begin is not None:
+            call, at = self.reader.read(text, begin, parameters_of)
             calls.append(call)
-            next_one = between.match(text, at) if between else None
-            if next_one is None:
-                break
-            at = next_one.end()
+            begin = self._next(text, at)
         if not re.compile(_loose(self.ending)).match(text, at):
             raise Unreadable(f"a call must be followed by {self.ending.strip()!r}")
         return tuple(calls)
+
+    def _next(self, text: str, at: int) -> int | None:
+        """Where another call begins, behind one that ends at `at`."""
+        found = None if self.between is None else re.compile(_loose(self.between)).match(text, at)
+        if found is None or (self.between and self.between.strip()):
+            return found and found.end()
+        # nothing stands between calls: there is another if something follows that begins like one
+        rest = text[found.end() :]
+        is_over = not rest or (self.ending.strip() and re.compile(_loose(self.ending)).match(rest))
+        return None if is_over or not rest.startswith(self.head[:1]) else found.end()
 
 
 @dataclass(frozen=True)
@@ -117,16 +124,20 @@ class ObjectReader:
 
 @dataclass(frozen=True)
 class NameReader:
-    """A call as its name, `separator`, and a JSON object with the arguments."""
+    """A call as its name, `separator`, and a JSON object with the arguments. Where there is an `id_end`, its id stands before
+    that."""
 
     separator: str
+    id_end: str | None
 
     def read(self, text: str, at: int, parameters_of: ParametersOf) -> tuple[Call, int]:
-        found = re.compile(_loose(self.separator)).search(text, at)
-        if found is None:
-            raise Unreadable(f"the name of a tool must be followed by {self.separator.strip()!r} and its arguments")
-        arguments, end = json_object(text, found.end())
-        return Call(text[at : found.start()].strip(), arguments), end
+        behind_name = _found(re.compile(_loose(self.separator)), text, at, "the name of a tool")
+        begin, identity = behind_name.end(), None
+        if self.id_end is not None:
+            behind_id = _found(re.compile(_loose(self.id_end)), text, begin, "the id of a call")
+            begin, identity = behind_id.end(), text[begin : behind_id.start()]
+        arguments, end = json_object(text, begin)
+        return Call(text[at : behind_name.start()].strip(), arguments, identity), end
 
 
 @dataclass(frozen=True)

@@ -76,10 +76,10 @@ def _between(chat: ChatTokenizer, schemas: Sequence[Json]) -> str | None:
 
 def _gap(chat: ChatTokenizer, schemas: Sequence[Json], call: str) -> str | None:
     try:
-        before, _, _ = _own_text(chat, schemas, [_FIRST], _TEXT).partition(call)
+        own = _own_text(chat, schemas, [_FIRST], _TEXT)
     except RowError:
         return None
-    return before.partition(_TEXT)[2] if _TEXT in before else None
+    return own.partition(call)[0].partition(_TEXT)[2] if _TEXT in own else None
 
 
 def _own_text(chat: ChatTokenizer, schemas: Sequence[Json], calls: Sequence[Call], text: str = "") -> str:
@@ -133,8 +133,10 @@ def _as_name(text: str, call: Call, at: int) -> tuple[int, int, Reader] | None:
         arguments, end = json_object(text, brace)
     except Unreadable:
         return None
-    separator = text[name_end:brace]
-    return (at, end, NameReader(separator)) if arguments == call.arguments and separator.strip() else None
+    separator, identity, id_end = text[name_end:brace].partition(call.id or "\0")
+    if arguments != call.arguments or not separator.strip() or (identity and not id_end.strip()):
+        return None
+    return at, end, NameReader(separator, id_end if identity else None)
 
 
 def _as_parameters(text: str, call: Call, at: int) -> tuple[int, int, Reader]:
