@@ -216,7 +216,7 @@ def test_everything_at_once(tiny, folder):
     assert "16 updates of the weights" in said and "the divergence from a copy of the model as it is now" in said
     rollout = records(folder / "all", "rollout")
     assert len(rollout) == 4 and all(math.isfinite(r["reward_mean"]) for r in rollout)
-    assert 0 < rollout[-1]["kl"] < 1 and max(r["logprob_gap"] for r in rollout) < 1e-4
+    assert 0 < rollout[-1]["kl"] < 3 and max(r["logprob_gap"] for r in rollout) < 1e-4
 
 
 def test_answers_without_a_known_reward_are_counted_and_not_learnt_from(tiny, folder):

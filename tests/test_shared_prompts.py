@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from posttrain.data.batches import pack, pack_answers
-from posttrain.losses.grpo import PolicyGradient
 from posttrain.loops.policy_batches import Limits, micro_batches, with_logprobs
+from posttrain.losses.grpo import PolicyGradient
 from posttrain.models.flops import forward_backward_flops
 from posttrain.records import Sample
 from tiny import CONFIGS, VOCABULARY, alone, clear, gradients, make_engine, tiny_lm, worst_gap

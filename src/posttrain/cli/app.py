@@ -61,7 +61,7 @@ def sft(
         _print_help(context)
         return
     given = {"model.path": model, "data.train_files": data_path, "trainer.default_local_dir": output_dir}
-    resolved = resolve(options, given, model if eval_only else None)
+    resolved = resolve(options, given, model if eval_only else None, None if eval_only else "sft")
     if print_config:
         _print_config(resolved, as_json)
         return
@@ -106,7 +106,7 @@ def grpo(
         _print_help(context)
         return
     given = {"model.path": model, "data.train_files": data_path, "trainer.default_local_dir": output_dir}
-    resolved = resolve(options, given, None, method="grpo")
+    resolved = resolve(options, given, None, "grpo")
     if print_config:
         _print_config(resolved, as_json)
         return

@@ -37,9 +37,9 @@ def is_main() -> bool:
 
 
 def resolve(
-    options: list[str] | None, given: dict[str, str | None], model: str | None, method: str | None = None
+    options: list[str] | None, given: dict[str, str | None], model: str | None, command: str | None = None
 ) -> Resolved:
-    """The options in force: those of the recipe `method`, of the run that `model` lies in, then the command line's, then the
+    """The options in force in the command: those of the run that `model` lies in, then the command line's, then the
     flags'."""
     from posttrain.config.compose import compose
     from posttrain.run.folder import find_run
@@ -51,7 +51,7 @@ def resolve(
         flags += ["~model.random_weights", "~model.override_config", "~model.tokenizer_path", "~model.revision"]
         flags += ["~data.chat_template", "~model.lora_rank", "~model.lora_adapter_path"]
     here = [f"~{option}" for option in OF_TRAINING] if run else []
-    return compose([*saved, *here, *(options or []), *flags], method)
+    return compose([*saved, *here, *(options or []), *flags], command)
 
 
 def dated(resolved: Resolved) -> Resolved:

@@ -72,12 +72,12 @@ class Resolved:
         return describe_resolved(self)
 
 
-def compose(arguments: list[str], method: str | None = None) -> Resolved:
-    """The options that the arguments ask for, over the recipe of the `method` that a command stands for. Raises InputError with
-    every problem that there is."""
-    draft = _Draft(learns=method == "grpo")
-    if method is not None:
-        draft.put_recipe(replace(packaged_recipe("method", method), origin=DEFAULT_OF_COMMAND))
+def compose(arguments: list[str], command: str | None = None) -> Resolved:
+    """The options that the arguments ask for, in `posttrain sft`, `posttrain grpo`, which begins with the recipe method=grpo, or any
+    other command. Raises InputError with every problem that there is."""
+    draft = _Draft(command)
+    if command == "grpo":
+        draft.put_recipe(replace(packaged_recipe("method", "grpo"), origin=DEFAULT_OF_COMMAND))
     files: list[Recipe] = []
     choices: list[Override] = []
     overrides: list[Override] = []
@@ -116,7 +116,7 @@ def _chosen(files: list[Recipe], choices: list[Override]) -> dict[str, list[str]
 class _Draft:
     """Values by dotted key as they come in, those inside free mappings too, and what is wrong with them."""
 
-    learns: bool = False  # from its own answers
+    command: str | None = None
     values: dict[str, Any] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=lambda: dict.fromkeys(options(), DEFAULT))
     problems: list[str] = field(default_factory=list)
@@ -172,7 +172,7 @@ class _Draft:
         if self.problems:
             raise InputError("\n".join(self.problems))
         return Resolved(
-            config, self.origins, options_without_effect(config, self.origins, self.learns), self.translated
+            config, self.origins, options_without_effect(config, self.origins, self.command), self.translated
         )
 
     def _our_name(self, key: str) -> str:

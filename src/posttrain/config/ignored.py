@@ -18,8 +18,8 @@ from posttrain.config.schema import (
 )
 
 
-def options_without_effect(config: Config, origins: dict[str, str], learns: bool = False) -> list[dict[str, str]]:
-    """{key, reason} of each; `learns` says that the run learns from its own answers. A default written out in a file, as in a
+def options_without_effect(config: Config, origins: dict[str, str], command: str | None = None) -> list[dict[str, str]]:
+    """{key, reason} of each in the command, sft or grpo. A default written out in a file, as in a
     run's own config.yaml, is nobody's choice."""
 
     def was_chosen(key: str) -> bool:
@@ -27,17 +27,25 @@ def options_without_effect(config: Config, origins: dict[str, str], learns: bool
         differs = getattr(getattr(config, section), option) != default_of(key)
         return origins[key] == COMMAND_LINE or (origins[key] not in (DEFAULT, DEFAULT_OF_COMMAND) and differs)
 
-    return [{"key": key, "reason": reason} for key, reason in _without_effect(config, learns) if was_chosen(key)]
+    return [{"key": key, "reason": reason} for key, reason in _without_effect(config, command) if was_chosen(key)]
 
 
-def _without_effect(config: Config, learns: bool) -> Iterator[tuple[str, str]]:
-    yield from _of_answers(config) if learns else _of_imitation()
+def _without_effect(config: Config, command: str | None) -> Iterator[tuple[str, str]]:
+    yield from _of_answers(config) if command == "grpo" else _of_imitation()
+    if command == "sft":
+        for option in ("n", "temperature"):
+            yield f"rollout.{option}", f"validation during training has rollout.val_{option}"
+        yield (
+            "tools.functions",
+            "answers of validation during fine-tuning call no tools; `posttrain grpo` and `evaluate` do",
+        )
     yield from _of_model_and_data(config)
     yield from _of_adapters(config)
     yield from _of_layout(config)
     yield from _of_optim(config)
     yield from _of_validation(config)
     yield from _of_rewards(config.reward)
+    yield from _of_tools(config)
     yield from _of_trainer(config)
 
 
@@ -52,8 +60,12 @@ def _of_imitation() -> Iterator[tuple[str, str]]:
 
 def _of_answers(config: Config) -> Iterator[tuple[str, str]]:
     algorithm = config.algorithm
-    for option in ("train_on", "train_roles", "train_reasoning", "expand_turns", "max_length"):
+    for option in ("train_on", "train_roles", "train_reasoning", "expand_turns"):
         yield f"data.{option}", "prompts alone are read from the rows; what is trained is what the model answers"
+    for option in ("num_workers", "cache_dir"):
+        yield f"data.{option}", "prompts are read anew"
+    if not config.tools.functions:
+        yield "data.max_length", "rollout.max_new_tokens and data.max_prompt_length are the limits"
     if not algorithm.kl_coef:
         for name in ("algorithm.kl_type", "algorithm.kl_in", "engine.reference_offload"):
             yield name, "algorithm.kl_coef is 0, so that there is no reference"
@@ -166,6 +178,12 @@ def _of_rewards(reward: RewardOptions) -> Iterator[tuple[str, str]]:
     if not own and "math" not in used and ("format" not in used or default_format):
         for option in ("timeout_seconds", "num_workers"):
             yield f"reward.{option}", "the rewards in reward.name need no processes of their own"
+
+
+def _of_tools(config: Config) -> Iterator[tuple[str, str]]:
+    if not config.tools.functions:
+        for option in ("max_turns", "max_answer_tokens", "timeout_seconds"):
+            yield f"tools.{option}", "tools.functions names no tool"
 
 
 def _of_trainer(config: Config) -> Iterator[tuple[str, str]]:

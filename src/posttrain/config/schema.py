@@ -402,6 +402,20 @@ class AlgorithmOptions(Section):
     null: off. The gap is measured in any case."""
 
 
+class ToolOptions(Section):
+    """What the model may call while it answers."""
+
+    functions: TextList = []
+    """Tools: calculator, or functions of Python files as path/to/file.py:function. They are run: name only files that you
+    trust. Not given: every answer is one turn."""
+    max_turns: PositiveInt = 4
+    """Most answers of the model to one prompt; one that calls a tool in the last of them is cut there."""
+    max_answer_tokens: PositiveInt = 256
+    """Longest answer of a tool in tokens; longer ones are cut. They do not count for `rollout.max_new_tokens`."""
+    timeout_seconds: PositiveFloat = 5.0
+    """Time for one call, after which its process is killed and the model is told."""
+
+
 class TrainerOptions(Section):
     """How long, where, and what is kept."""
 
@@ -479,3 +493,4 @@ class Config(Section):
     algorithm: AlgorithmOptions = AlgorithmOptions()
     rollout: RolloutOptions = RolloutOptions()
     reward: RewardOptions = RewardOptions()
+    tools: ToolOptions = ToolOptions()

@@ -148,10 +148,20 @@ class ChatTokenizer:
 
     def prompt_ids(self, conversation: Conversation) -> np.ndarray:
         """Ids (int32) of the messages before the last assistant's turn, with the header that asks for an answer."""
-        asked = replace(conversation, messages=prompt_of(conversation.messages), weights=None)
-        rendered, messages, _, _ = self._render(asked, prompt=True)
+        return self.prompt(replace(conversation, messages=prompt_of(conversation.messages))).ids_T
+
+    def prompt(self, conversation: Conversation) -> Encoded:
+        """All of the messages, with the header that asks for an answer; nothing of it is trained. Raises RowError."""
+        rendered, messages, _, notes = self._render(replace(conversation, weights=None), prompt=True)
         tokens = self._backend.encode(rendered.text, add_special_tokens=False)
-        return self._ids_and_offsets(rendered, messages, tokens)[0]
+        ids_T, offsets_TC, _ = self._ids_and_offsets(rendered, messages, tokens)
+        none_T = np.zeros(0, np.int32)
+        weights_T = np.zeros(len(ids_T), np.float32)
+        return Encoded(rendered.text, ids_T, weights_T, offsets_TC, none_T, none_T.astype(np.uint8), (), tuple(notes))
+
+    def beginning(self, text: str, max_tokens: int) -> str:
+        """As much of the text as makes so many tokens, control strings encoded as text."""
+        return self._controls.beginning(text, max_tokens)
 
     def _drafts(self, conversation: Conversation) -> Iterator[_Draft]:
         if not conversation.messages:

@@ -76,6 +76,13 @@ class ControlStrings:
         ids_T = np.concatenate([*ids, ids_T[done:]]).astype(np.int32)
         return ids_T, np.concatenate([*offsets, offsets_TC[done:]]).astype(np.int32), list(typed.values())
 
+    def beginning(self, text: str, max_tokens: int) -> str:
+        """As much of the text as makes so many tokens if nothing in it is a control string."""
+        if len(text.encode()) <= max_tokens:  # no token is less than a byte
+            return text
+        offsets = self._plain().encode(text, add_special_tokens=False).offsets
+        return text if len(offsets) <= max_tokens else text[: offsets[max_tokens][0]]
+
     def _is_typed(self, messages: np.ndarray, parts: np.ndarray, theirs: Sequence[bool], text: str) -> bool:
         if (parts == Part.UNKNOWN).any():
             raise RowError("control string of unknown origin", f"it cannot be told whether the template wrote {text!r}")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 
+from posttrain.config.schema import ToolOptions
 from posttrain.data.chat import ChatTokenizer
 from posttrain.data.formats import Columns, RowError, conversation_of, prompt_of
 from posttrain.data.provenance.messages import texts_of
@@ -18,6 +20,8 @@ from posttrain.records import Completion, Conversation
 from posttrain.rewards.gsm8k import final_answer
 from posttrain.rewards.score import Answered, Score, Scorer, Verdict
 from posttrain.rollout.rollout import Request, Rollout, Sampling
+from posttrain.rollout.tools import Tools
+from posttrain.rollout.turns import converse
 
 
 @dataclass(frozen=True)
@@ -74,8 +78,9 @@ def read_problems(
     chat: ChatTokenizer,
     limit: int | None,
     advance: Callable[[int], None] = lambda done: None,
+    tools: Tools | None = None,
 ) -> tuple[list[Problem], Report]:
-    """The first problems that can be asked, and what became of the rows up to the last of them."""
+    """The first problems that can be asked, with these tools, and what became of the rows up to the last of them."""
     problems: list[Problem] = []
     report = Report()
     for row in rows:
@@ -85,21 +90,57 @@ def read_problems(
         advance(1)
         try:
             conversation = conversation_of(row.values, columns)
+            conversation = tools.offered_in(conversation) if tools else conversation
             problems.append(Problem(conversation, chat.prompt_ids(conversation), row.place))
         except RowError as error:
             report.drop(error.kind, f"{row.place}: {error}")
     return problems, report
 
 
+@contextmanager
+def open_tools(options: ToolOptions, chat: ChatTokenizer, world: World) -> Iterator[Tools | None]:
+    """The tools of a run; None where the options name none. Every process must call this."""
+    tools = world.everyone(lambda: Tools(options, chat) if options.functions else None)
+    try:
+        yield tools
+    finally:
+        if tools:
+            tools.close()
+
+
+@dataclass(frozen=True)
+class Answerer:
+    """A rollout engine, and the tools that its answers may call, within `max_length` tokens of prompt and answers."""
+
+    rollout: Rollout
+    tools: Tools | None = None
+    max_length: int | None = None
+
+    def answer(
+        self,
+        problems: Sequence[Problem],
+        requests: Sequence[Request],
+        sampling: Sampling,
+        advance: Callable[[int], None],
+    ) -> list[Completion]:
+        """A completion for each request, which asks the problem in the same place."""
+        if self.tools is None:
+            return self.rollout.generate(requests, sampling, advance)
+        conversations = [problem.conversation for problem in problems]
+        return converse(self.rollout, requests, conversations, sampling, self.tools, self.max_length, advance)
+
+
 def answer_all(
-    rollout: Rollout,
+    answerer: Answerer,
+    problems: Sequence[Problem],
     requests: Sequence[Request],
     sampling: Sampling,
     world: World,
     advance: Callable[[int], None] = lambda done: None,
 ) -> list[Completion]:
     """A completion for each request, on every process; each process answers its share."""
-    own = world.everyone(lambda: rollout.generate(requests[world.rank :: world.size], sampling, advance))
+    share = slice(world.rank, None, world.size)
+    own = world.everyone(lambda: answerer.answer(problems[share], requests[share], sampling, advance))
     completions: list[Completion | None] = [None] * len(requests)
     for rank, part in enumerate(world.gather(own)):
         completions[rank :: world.size] = part

@@ -18,7 +18,16 @@ from posttrain.distributed.device import choose_device
 from posttrain.distributed.watchdog import watching
 from posttrain.distributed.world import World, join_world
 from posttrain.errors import InputError
-from posttrain.loops.answering import Answer, answer_all, check_judged, judge_all, read_problems, requests_for
+from posttrain.loops.answering import (
+    Answer,
+    Answerer,
+    answer_all,
+    check_judged,
+    judge_all,
+    open_tools,
+    read_problems,
+    requests_for,
+)
 from posttrain.loops.training_data import chat_maker
 from posttrain.models.load import find_model, load_model
 from posttrain.rewards.accuracy import Accuracy
@@ -61,9 +70,10 @@ def _answers(
     ):
         scorer = world.everyone(lambda: opened.enter_context(open_scorer(config.reward)))
         chat = world.everyone(chat_maker(config))
+        tools = opened.enter_context(open_tools(config.tools, chat, world))
         sources = world.everyone(lambda: find_sources(list(files), option, data.val_split, data.hub_config))
         problems, report = world.everyone(
-            lambda: read_problems(read_rows(sources), Columns.of(data, answers_needed=False), chat, limit)
+            lambda: read_problems(read_rows(sources), Columns.of(data, answers_needed=False), chat, limit, tools=tools)
         )
         left_out = [
             f"left out {count:,}: {reason}, such as {report.places[reason][0]}"
@@ -78,15 +88,16 @@ def _answers(
         options = config.rollout
         rollout = TransformersRollout(_model(config, world), chat.tokenizer, options.batch_size)
         count = options.n or 1
+        asked = [problem for problem in problems for _ in range(count)]
         requests = requests_for(problems, count, options.max_new_tokens, config.trainer.seed)
         sampling = Sampling(options.temperature or 0.0, options.top_p, options.top_k)
         watchdog.beat("answering", patient=True)
         display.begin_work("answering", -(-len(requests) // world.size))
-        completions = answer_all(rollout, requests, sampling, world, display.advance)
+        answerer = Answerer(rollout, tools, data.max_length)
+        completions = answer_all(answerer, asked, requests, sampling, world, display.advance)
         for warning in rollout.warnings:
             display.say(warning)
         display.begin_work("judging", None)
-        asked = [problem for problem in problems for _ in range(count)]
         answers = judge_all(asked, completions, scorer, world, display.advance)
         display.end_work()
         if judged and world.is_main:

@@ -32,6 +32,7 @@ class Experience:
     scores: list[Score]
     rewards_N: np.ndarray  # float64, with what lengths and divergence take off
     seconds: dict[str, float] = field(default_factory=dict)
+    tool_counts: dict[str, int] = field(default_factory=dict)  # see ToolCounts; none without tools
 
     def __len__(self) -> int:
         return len(self.completions)
@@ -71,6 +72,7 @@ class Experience:
             [*self.scores, *other.scores],
             np.concatenate([self.rewards_N, other.rewards_N]),
             {name: self.seconds[name] + other.seconds[name] for name in self.seconds},
+            {name: self.tool_counts[name] + other.tool_counts[name] for name in self.tool_counts},
         )
 
     def metrics(self) -> dict[str, float | None]:
@@ -95,6 +97,7 @@ class Experience:
             "rollout_seconds": seconds,
             "reward_seconds": self.seconds.get("reward", 0.0),
             "rollout_tokens_per_second": lengths_N.sum() / seconds if seconds else None,
+            **{f"tool_{name}": count for name, count in self.tool_counts.items()},
             **{f"reward_{name}": _mean_of_part(self.scores, name) for name in sorted(parts) if len(parts) > 1},
         }
 
@@ -106,6 +109,7 @@ def experience(
     algorithm: AlgorithmOptions,
     max_new_tokens: int,
     seconds: dict[str, float],
+    tool_counts: dict[str, int] | None = None,
 ) -> Experience:
     """Answers, one for each of `problems` (repeated for each of a group), with their rewards."""
     rewards_N = np.array([math.nan if score.reward is None else score.reward for score in scores], dtype=np.float64)
@@ -116,7 +120,7 @@ def experience(
         )
     prompts_N = np.array([number for number, _ in problems], dtype=np.int64)
     asked = [problem for _, problem in problems]
-    return Experience(asked, prompts_N, list(completions), list(scores), rewards_N, seconds)
+    return Experience(asked, prompts_N, list(completions), list(scores), rewards_N, seconds, tool_counts or {})
 
 
 def overlong_penalty(lengths_N: np.ndarray, max_new_tokens: int, buffer: int, penalty: float) -> np.ndarray:

@@ -12,13 +12,14 @@ from posttrain.distributed.world import join_world
 from posttrain.engine.build import build_engine, build_reference, kept_dtype
 from posttrain.engine.engine import Engine
 from posttrain.errors import InputError
-from posttrain.loops.answering import check_judged
+from posttrain.loops.answering import Answerer, check_judged, open_tools
 from posttrain.loops.answers_shown import show_answers
 from posttrain.loops.given import read_completions
 from posttrain.loops.learner import Learner
 from posttrain.loops.prompts import describe_prompts, open_prompts, prompt_report, updates_of
 from posttrain.loops.rollouts import Answering, answers_a_group, open_rollout
 from posttrain.loops.sft import write_gradients
+from posttrain.loops.training_data import chat_maker
 from posttrain.loops.training_run import TrainingRun
 from posttrain.loops.validation import accuracy_of
 from posttrain.rewards.score import open_scorer
@@ -44,7 +45,9 @@ def grpo(config: Config, resolved_yaml: str, gradients_to: str | None = None, co
         ExitStack() as opened,
     ):
         scorer = world.everyone(lambda: opened.enter_context(open_scorer(config.reward)))
-        data = open_prompts(config, world, display)
+        chat = world.everyone(chat_maker(config))
+        tools = opened.enter_context(open_tools(config.tools, chat, world))
+        data = open_prompts(config, chat, tools, world, display)
         run.plan(data, describe_prompts(data, config, world), prompt_report(data))
         files = ", ".join(config.data.train_files)
         world.everyone(lambda: check_judged(data.train[:LOOKED_AT], files, scorer, config.reward.names))
@@ -57,7 +60,7 @@ def grpo(config: Config, resolved_yaml: str, gradients_to: str | None = None, co
         with open_rollout(engine, data, config) as rollout:
             run.resume(engine)
             learner = Learner(config, engine, reference)
-            answering = Answering(rollout, scorer, data, config, world, given)
+            answering = Answering(Answerer(rollout, tools, config.data.max_length), scorer, data, config, world, given)
             if gradients_to is not None:
                 rollout.take(engine.named_weights())
                 learner.gather_gradients(answering.step(run.step), run.step, len(data.schedule.rows(run.step)))
@@ -74,7 +77,7 @@ def train(run: TrainingRun, learner: Learner, answering: Answering) -> None:
         run.judge(engine, validate(engine, answering))
     run.begin()
     while run.step < data.schedule.num_steps and not run.stopping:
-        answering.rollout.take(engine.named_weights())
+        answering.answerer.rollout.take(engine.named_weights())
         found = answering.step(run.step)
         answering.say_what_is_wrong(found, run.step + 1, run.display)
         run.record(learner.learn(found, run.step, len(data.schedule.rows(run.step))))
@@ -91,8 +94,10 @@ def validate(engine: Engine, answering: Answering) -> dict[str, float]:
     data, config = answering.data, answering.config
     if not data.val:
         return {}
-    answering.rollout.take(engine.named_weights())
-    return accuracy_of(data.val, answering.rollout, answering.scorer, engine.world, config.rollout, config.trainer.seed)
+    answering.answerer.rollout.take(engine.named_weights())
+    return accuracy_of(
+        data.val, answering.answerer, answering.scorer, engine.world, config.rollout, config.trainer.seed
+    )
 
 
 def check_options(config: Config) -> None:

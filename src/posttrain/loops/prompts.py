@@ -18,8 +18,8 @@ from posttrain.data.tokenized import Report
 from posttrain.distributed.world import World
 from posttrain.errors import InputError
 from posttrain.loops.answering import Problem, read_problems
-from posttrain.loops.training_data import chat_maker
 from posttrain.records import Conversation
+from posttrain.rollout.tools import Tools
 from posttrain.run.progress import Display
 
 ANSWERS_A_GROUP = 8  # where rollout.n is not given
@@ -68,20 +68,23 @@ class PromptData:
         return [(int(row), self.train[row]) for row in rows]
 
 
-def open_prompts(config: Config, world: World, display: Display) -> PromptData:
-    """Prompts and the schedule. Every process must call this. Raises InputError for what cannot be learnt from."""
+def open_prompts(
+    config: Config, chat: ChatTokenizer, tools: Tools | None, world: World, display: Display
+) -> PromptData:
+    """Prompts that offer the tools, and the schedule. Every process must call this. Raises InputError for what cannot be learnt
+    from."""
     data, trainer = config.data, config.trainer
+    longest = data.max_prompt_length or (data.max_length - 1 if tools else None)
     world.watchdog.beat("preparing prompts")
-    chat = world.everyone(chat_maker(config))
 
     def read(files: list[str], option: str, split: str, limit: int | None) -> tuple[list[Problem], Report]:
         display.begin_work(f"reading {option}", None)
         try:
             sources = find_sources(files, option, split, data.hub_config)
             problems, report = read_problems(
-                read_rows(sources), Columns.of(data, answers_needed=False), chat, limit, display.advance
+                read_rows(sources), Columns.of(data, answers_needed=False), chat, limit, display.advance, tools
             )
-            return _within(problems, report, data.max_prompt_length, data.truncation, data.invalid_rows, option)
+            return _within(problems, report, longest, data.truncation, data.invalid_rows, option)
         finally:
             display.end_work()
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from posttrain.config.schema import Config
 from posttrain.distributed.world import World
 from posttrain.engine.engine import Engine
 from posttrain.engine.export import assemble
-from posttrain.loops.answering import Problem, answered
+from posttrain.loops.answering import Answerer, Problem, answered
 from posttrain.loops.experience import Experience, experience
 from posttrain.loops.prompts import ANSWERS_A_GROUP, PromptData
 from posttrain.records import Completion
@@ -42,7 +42,7 @@ def answers_a_group(config: Config) -> int:
 class Answering:
     """Answers and judges the prompts of a step. Every process must call it."""
 
-    rollout: Rollout
+    answerer: Answerer
     scorer: Scorer
     data: PromptData
     config: Config
@@ -66,8 +66,9 @@ class Answering:
 
     def say_what_is_wrong(self, found: Experience, step: int, display: Display) -> None:
         """What the rollout engine warns of, and the first answer of the step that nobody could judge."""
-        while self.rollout.warnings:
-            display.say(self.rollout.warnings.pop(0))
+        warnings = self.answerer.rollout.warnings
+        while warnings:
+            display.say(warnings.pop(0))
         unknown = [score.problem for score in found.scores if score.reward is None]
         if unknown:
             display.say(
@@ -91,7 +92,9 @@ class Answering:
             )
         )
         seconds = {"rollout": answered_at - started, "reward": time.perf_counter() - answered_at}
-        parts = world.gather((asked, completions, scores, seconds))
+        tools = self.answerer.tools
+        counts = asdict(tools.take_counts()) if tools else {}
+        parts = world.gather((asked, completions, scores, seconds, counts))
         order = {number: place for place, (number, _) in enumerate(problems)}
         triples = sorted(
             (triple for part in parts for triple in zip(*part[:3], strict=True)), key=lambda triple: order[triple[0][0]]
@@ -103,6 +106,7 @@ class Answering:
             config.algorithm,
             config.rollout.max_new_tokens,
             {name: max(part[3][name] for part in parts) for name in seconds},
+            {name: sum(part[4][name] for part in parts) for name in counts},
         )
 
     def _completions(
@@ -117,4 +121,5 @@ class Answering:
             Request(problem.prompt_ids_T, (seed, step, number, index % count), options.max_new_tokens)
             for index, (number, problem) in enumerate(asked)
         ]
-        return self.rollout.generate(requests, sampling, lambda done: self.world.watchdog.alive())
+        problems = [problem for _, problem in asked]
+        return self.answerer.answer(problems, requests, sampling, lambda done: self.world.watchdog.alive())

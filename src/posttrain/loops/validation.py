@@ -10,11 +10,11 @@ from posttrain.data.sources import read_rows
 from posttrain.distributed.world import World
 from posttrain.engine.engine import Engine
 from posttrain.engine.export import assemble
-from posttrain.loops.answering import Problem, answer_all, judge_all, read_problems, requests_for
+from posttrain.loops.answering import Answerer, Problem, answer_all, judge_all, read_problems, requests_for
 from posttrain.loops.training_data import TrainingData
 from posttrain.rewards.accuracy import Accuracy
 from posttrain.rewards.score import Scorer, open_scorer
-from posttrain.rollout.rollout import Rollout, Sampling
+from posttrain.rollout.rollout import Sampling
 from posttrain.rollout.transformers import TransformersRollout
 
 
@@ -33,7 +33,7 @@ def validate(engine: Engine, data: TrainingData, config: Config) -> dict[str, fl
 
 
 def accuracy_of(
-    problems: list[Problem], rollout: Rollout, scorer: Scorer, world: World, options: RolloutOptions, seed: int
+    problems: list[Problem], answerer: Answerer, scorer: Scorer, world: World, options: RolloutOptions, seed: int
 ) -> dict[str, float]:
     """`val_accuracy` with its interval, with several answers a problem also pass@k. Every process calls this."""
     world.watchdog.beat("answering", patient=True)
@@ -43,8 +43,8 @@ def accuracy_of(
     def alive(_: int) -> None:
         world.watchdog.alive()
 
-    completions = answer_all(rollout, requests, sampling, world, alive)
     asked = [problem for problem in problems for _ in range(options.val_n)]
+    completions = answer_all(answerer, asked, requests, sampling, world, alive)
     verdicts = [answer.verdict for answer in judge_all(asked, completions, scorer, world, alive)]
     accuracy = Accuracy.of(verdicts, options.val_n)
     return {
@@ -78,4 +78,4 @@ def _accuracy(engine: Engine, data: TrainingData, config: Config) -> dict[str, f
     model = assemble(engine, dtype, world.device.torch_device)
     rollout = TransformersRollout(model, data.chat.tokenizer, config.rollout.batch_size, data.end_ids)
     with open_scorer(config.reward) as scorer:
-        return accuracy_of(problems, rollout, scorer, world, config.rollout, config.trainer.seed)
+        return accuracy_of(problems, Answerer(rollout), scorer, world, config.rollout, config.trainer.seed)
