@@ -238,3 +238,21 @@ def test_answers_without_a_known_reward_are_counted_and_not_learnt_from(tiny, fo
     assert [r["rewards_unknown"] for r in records(folder / "broken", "rollout")] == [32, 32], before
     sft, broken = (load_file(folder / name / "checkpoint-final" / "model.safetensors") for name in ("sft", "broken"))
     assert all(torch.equal(weight, broken[name]) for name, weight in sft.items())
+
+
+def test_answers_may_call_tools_and_what_tools_say_is_not_learnt(tiny, folder):
+    """A template that shows the model a call in the prompt, and a reward for whatever is written: the run goes through all of it."""
+    rows = [
+        {"prompt": [{"role": "user", "content": f"{n}+{n}"}], "reward_model": {"ground_truth": str(2 * n)}}
+        for n in range(16)
+    ]
+    (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = {
+        "data__train_files": folder / "sums.jsonl", "tools__functions": "[calculator]", "tools__max_turns": 2,
+        "data__chat_template": Path(__file__).parent / "tool_template.jinja", "trainer__sample_freq": 1,
+        "rollout__max_new_tokens": 24, "trainer__total_training_steps": 2,
+    }  # fmt: skip
+    run(options(tiny, folder, "tools", **more), folder)
+    found = records(folder / "tools", "rollout")
+    assert all(r["tool_trajectories"] == 32 and r["tool_turns"] >= 32 and r["logprob_gap"] < 1e-4 for r in found)
+    assert "calculator" in (folder / "tools" / "config.yaml").read_text()
