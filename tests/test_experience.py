@@ -30,8 +30,8 @@ def found(rewards, prompts, lengths=None, **algorithm):
     problem = Problem(Conversation([{"role": "user", "content": "q"}]), np.array([1, 2], np.int32))
     answers = [completion(segment(*range(3, 3 + length))) for length in lengths]
     scores = [Score(UNKNOWN if r is None else RIGHT if r else WRONG, r, {"x": r}) for r in rewards]
-    pairs = [(prompt, problem) for prompt in prompts]
-    return experience(pairs, answers, scores, AlgorithmOptions(**algorithm), 10, {"rollout": 2.0, "reward": 1.0})
+    given = [(prompt, problem, *pair) for prompt, *pair in zip(prompts, answers, scores, strict=True)]
+    return experience(given, AlgorithmOptions(**algorithm), 10, {"rollout": 2.0, "reward": 1.0})
 
 
 def test_what_a_tool_wrote_and_the_prompt_are_not_trained():

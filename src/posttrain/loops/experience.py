@@ -103,24 +103,23 @@ class Experience:
 
 
 def experience(
-    problems: Sequence[tuple[int, Problem]],
-    completions: Sequence[Completion],
-    scores: Sequence[Score],
+    answers: Sequence[tuple[int, Problem, Completion, Score]],
     algorithm: AlgorithmOptions,
     max_new_tokens: int,
     seconds: dict[str, float],
     tool_counts: dict[str, int] | None = None,
 ) -> Experience:
-    """Answers, one for each of `problems` (repeated for each of a group), with their rewards."""
+    """Answers, each with the number of its problem, the problem and its score; over-long shaping comes off their rewards."""
+    prompts_N = np.array([number for number, *_ in answers], dtype=np.int64)
+    completions, scores = [completion for _, _, completion, _ in answers], [score for *_, score in answers]
     rewards_N = np.array([math.nan if score.reward is None else score.reward for score in scores], dtype=np.float64)
     if algorithm.overlong_buffer_tokens:
         lengths_N = np.array([num_trained(completion) for completion in completions])
         rewards_N -= overlong_penalty(
             lengths_N, max_new_tokens, algorithm.overlong_buffer_tokens, algorithm.overlong_penalty
         )
-    prompts_N = np.array([number for number, _ in problems], dtype=np.int64)
-    asked = [problem for _, problem in problems]
-    return Experience(asked, prompts_N, list(completions), list(scores), rewards_N, seconds, tool_counts or {})
+    problems = [problem for _, problem, _, _ in answers]
+    return Experience(problems, prompts_N, completions, scores, rewards_N, seconds, tool_counts or {})
 
 
 def overlong_penalty(lengths_N: np.ndarray, max_new_tokens: int, buffer: int, penalty: float) -> np.ndarray:

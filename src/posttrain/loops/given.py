@@ -4,10 +4,10 @@ One JSON object a line, as in samples/step-<N>.jsonl:
 
     {"row": 3, "ids": [31, 8, 2], "logprobs": [-0.1, -2.0, -0.3], "text": "#### 7"}
 
-`row` is the number of the prompt, from 0, among those that can be used; without it the lines are dealt to the prompts of the first
-step in their order, as many to each. `ids` may be left out: then the text is encoded, with the end token that the template writes.
+`row` is the number of the prompt, from 0, among those that can be used; without it `rollout.n` lines each belong to the prompts in
+their order. Every step takes all of these prompts and no others. `ids` may be left out: then the text is encoded, with the end token that the template writes.
 `logprobs` are those of the engine that drew the ids; `trained` says 0 of ids that a tool wrote. `text` may be called completion,
-answer or response; it is what is judged.
+answer or response; it is what is judged, anew.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from posttrain.records import Completion, Segment
 TEXT_KEYS = ("text", "completion", "answer", "response")
 
 
-def read_completions(path: str, data: PromptData) -> dict[int, list[Completion]]:
+def read_completions(path: str, data: PromptData, answers: int) -> dict[int, list[Completion]]:
     """The answers of the file by the number of their prompt. Raises InputError."""
     try:
         lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -35,7 +35,7 @@ def read_completions(path: str, data: PromptData) -> dict[int, list[Completion]]
     records = [_record(line, f"{path} line {number}") for number, line in enumerate(lines, 1)]
     if not records:
         raise InputError(f"--completions {path} is empty.")
-    rows = _rows(records, path, data)
+    rows = _rows(records, path, data, answers)
     known = [record.get("logprobs") is not None for record in records]
     if any(known) and not all(known):
         raise InputError(f"{path} line {known.index(False) + 1} has no `logprobs` and others have. Give all or none.")
@@ -55,16 +55,15 @@ def _record(line: str, where: str) -> dict[str, Any]:
     return record
 
 
-def _rows(records: list[dict[str, Any]], path: str, data: PromptData) -> list[int]:
+def _rows(records: list[dict[str, Any]], path: str, data: PromptData, answers: int) -> list[int]:
     named = [record.get("row") for record in records]
     if all(row is None for row in named):
-        prompts = data.schedule.rows(0).tolist()
-        if len(records) % len(prompts):
+        if len(records) % answers or len(records) > answers * len(data.train):
             raise InputError(
-                f"{path} has {len(records)} lines without `row` for the {len(prompts)} prompts of the first step; expected as many "
-                "for each."
+                f"{path} has {len(records)} lines without `row`; expected rollout.n={answers} for each of the first prompts, of which "
+                f"there are {len(data.train)}."
             )
-        return [row for row in prompts for _ in range(len(records) // len(prompts))]
+        return [number // answers for number in range(len(records))]
     for number, row in enumerate(named, 1):
         if not isinstance(row, int) or not 0 <= row < len(data.train):
             raise InputError(f"{path} line {number}: row {row!r} is none of the {len(data.train)} prompts, from 0.")

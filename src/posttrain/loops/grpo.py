@@ -51,7 +51,11 @@ def grpo(config: Config, resolved_yaml: str, gradients_to: str | None = None, co
         run.plan(data, describe_prompts(data, config, world), prompt_report(data))
         files = ", ".join(config.data.train_files)
         world.everyone(lambda: check_judged(data.train[:LOOKED_AT], files, scorer, config.reward.names))
-        given = world.everyone(lambda: read_completions(completions, data)) if completions else None
+        given = (
+            world.everyone(lambda: read_completions(completions, data, answers_a_group(config)))
+            if completions
+            else None
+        )
         engine = build_engine(
             config.model, config.engine, config.optim, sum(updates_of(data.schedule, config)), world, dtype,
             packing=config.data.packing, seed=config.trainer.seed, temperature=config.rollout.temperature or 1.0,
@@ -63,7 +67,7 @@ def grpo(config: Config, resolved_yaml: str, gradients_to: str | None = None, co
             answering = Answering(Answerer(rollout, tools, config.data.max_length), scorer, data, config, world, given)
             if gradients_to is not None:
                 rollout.take(engine.named_weights())
-                learner.gather_gradients(answering.step(run.step), run.step, len(data.schedule.rows(run.step)))
+                learner.gather_gradients(answering.step(run.step), run.step, answering.num_prompts(run.step))
                 write_gradients(engine, gradients_to, display)
                 return
             train(run, learner, answering)
@@ -80,7 +84,7 @@ def train(run: TrainingRun, learner: Learner, answering: Answering) -> None:
         answering.answerer.rollout.take(engine.named_weights())
         found = answering.step(run.step)
         answering.say_what_is_wrong(found, run.step + 1, run.display)
-        run.record(learner.learn(found, run.step, len(data.schedule.rows(run.step))))
+        run.record(learner.learn(found, run.step, answering.num_prompts(run.step)))
         if run.due(trainer.sample_freq):
             run.world.on_main(partial(show_answers, found, run.step, run.display, run.folder))
         if run.due(trainer.test_freq):

@@ -58,14 +58,14 @@ class PromptData:
             return []
         return self.chat.end_ids(found[-1].ids_T, found[-1].weights_T)
 
-    def problems(self, step: int, extra: int = 0) -> list[tuple[int, Problem]]:
-        """The (number, problem) pairs of a step; with `extra` further ones, a function of both numbers."""
+    def rows(self, step: int, extra: int = 0) -> list[int]:
+        """The numbers of a step's problems; with `extra` further ones, a function of both numbers."""
         rows = self.schedule.rows(step)
         if extra:
             stream = np.random.Generator(np.random.Philox(key=[self.schedule.seed, (1 << 32) + step]))
             others = stream.permutation(np.setdiff1d(np.arange(len(self.train)), rows))
             rows = others[(extra - 1) * self.schedule.batch_size : extra * self.schedule.batch_size]
-        return [(int(row), self.train[row]) for row in rows]
+        return rows.tolist()
 
 
 def open_prompts(

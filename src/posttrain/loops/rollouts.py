@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
@@ -11,11 +11,11 @@ from posttrain.config.schema import Config
 from posttrain.distributed.world import World
 from posttrain.engine.engine import Engine
 from posttrain.engine.export import assemble
-from posttrain.loops.answering import Answerer, Problem, answered
+from posttrain.loops.answering import Answerer, answered
 from posttrain.loops.experience import Experience, experience
 from posttrain.loops.prompts import ANSWERS_A_GROUP, PromptData
 from posttrain.records import Completion
-from posttrain.rewards.score import Scorer
+from posttrain.rewards.score import Score, Scorer
 from posttrain.rollout.rollout import Request, Rollout, Sampling
 from posttrain.rollout.transformers import TransformersRollout
 from posttrain.run.progress import Display
@@ -47,21 +47,24 @@ class Answering:
     data: PromptData
     config: Config
     world: World
-    given: dict[int, list[Completion]] | None = None  # completions to use instead, by the number of their prompt
+    given: dict[int, list[Completion]] | None = None  # answers to use instead, by the number of their prompt
+
+    def num_prompts(self, step: int) -> int:
+        """How many groups a step wants to learn from."""
+        return len(self.data.schedule.rows(step) if self.given is None else self.given)
 
     def step(self, step: int) -> Experience:
         """The answers of a step: a function of the weights, the seed and the step. With algorithm.filter_groups up to
         algorithm.max_num_gen_batches batches of prompts are asked, until as many groups as wanted have a signal."""
-        algorithm = self.config.algorithm
-        found = self._batch(self.data.problems(step), step)
-        if not algorithm.filter_groups:
-            return found
-        wanted = len(self.data.schedule.rows(step))
-        for extra in range(1, algorithm.max_num_gen_batches):
-            if found.num_with_signal >= wanted:
-                break
-            more = self.data.problems(step, extra)
-            found = found.joined(self._batch(more, step)) if more else found
+        if self.given is not None:
+            return self._batch(list(self.given), step)
+        found = self._batch(self.data.rows(step), step)
+        if self.config.algorithm.filter_groups:
+            for extra in range(1, self.config.algorithm.max_num_gen_batches):
+                more = self.data.rows(step, extra)
+                if found.num_with_signal >= self.num_prompts(step) or not more:
+                    break
+                found = found.joined(self._batch(more, step))
         return found
 
     def say_what_is_wrong(self, found: Experience, step: int, display: Display) -> None:
@@ -75,51 +78,43 @@ class Answering:
                 f"step {step}: {len(unknown)} of {len(found)} answers could not be judged, such as: {unknown[0]}"
             )
 
-    def _batch(self, problems: Sequence[tuple[int, Problem]], step: int) -> Experience:
-        config, world = self.config, self.world
+    def _batch(self, rows: list[int], step: int) -> Experience:
+        """The answers to the prompts with these numbers, dealt to the processes by whole groups, whose prompt is read once."""
+        world, tools = self.world, self.answerer.tools
         world.watchdog.beat("answering", patient=True)
-        own = problems[world.rank :: world.size]  # whole groups, whose prompt is read once
-        asked = [pair for pair in own for _ in range(answers_a_group(config))]
-        if self.given is not None:
-            asked = [(number, problem) for number, problem in own for _ in self.given.get(number, [])]
-        started = time.perf_counter()
-        completions = world.everyone(lambda: self._completions(own, asked, step))
+        own, started = rows[world.rank :: world.size], time.perf_counter()
+        answers = world.everyone(lambda: self._answers(own, step))
         answered_at = time.perf_counter()
-        scores = world.everyone(
-            lambda: self.scorer.score(
-                [answered(p, c) for (_, p), c in zip(asked, completions, strict=True)],
-                lambda done: world.watchdog.alive(),
-            )
-        )
+        asked = [answered(self.data.train[row], completion) for row, completion in answers]
+        scores = world.everyone(lambda: self.scorer.score(asked, self._alive))
         seconds = {"rollout": answered_at - started, "reward": time.perf_counter() - answered_at}
-        tools = self.answerer.tools
         counts = asdict(tools.take_counts()) if tools else {}
-        parts = world.gather((asked, completions, scores, seconds, counts))
-        order = {number: place for place, (number, _) in enumerate(problems)}
-        triples = sorted(
-            (triple for part in parts for triple in zip(*part[:3], strict=True)), key=lambda triple: order[triple[0][0]]
-        )
+        parts = world.gather((answers, scores, seconds, counts))
+        judged: dict[int, list[tuple[Completion, Score]]] = {row: [] for row in rows}
+        for theirs, their_scores, _, _ in parts:
+            for (row, completion), score in zip(theirs, their_scores, strict=True):
+                judged[row].append((completion, score))
         return experience(
-            [pair for pair, _, _ in triples],
-            [completion for _, completion, _ in triples],
-            [score for _, _, score in triples],
-            config.algorithm,
-            config.rollout.max_new_tokens,
-            {name: max(part[3][name] for part in parts) for name in seconds},
-            {name: sum(part[4][name] for part in parts) for name in counts},
+            [(row, self.data.train[row], *pair) for row, pairs in judged.items() for pair in pairs],
+            self.config.algorithm,
+            self.config.rollout.max_new_tokens,
+            {name: max(part[2][name] for part in parts) for name in seconds},
+            {name: sum(part[3][name] for part in parts) for name in counts},
         )
 
-    def _completions(
-        self, own: Sequence[tuple[int, Problem]], asked: Sequence[tuple[int, Problem]], step: int
-    ) -> list[Completion]:
+    def _answers(self, rows: list[int], step: int) -> list[tuple[int, Completion]]:
         if self.given is not None:
-            return [completion for number, _ in own for completion in self.given.get(number, [])]
+            return [(row, completion) for row in rows for completion in self.given[row]]
         options, seed = self.config.rollout, self.config.trainer.seed
         sampling = Sampling(1.0 if options.temperature is None else options.temperature, options.top_p, options.top_k)
-        count = answers_a_group(self.config)
+        asked = [(row, number) for row in rows for number in range(answers_a_group(self.config))]
+        problems = [self.data.train[row] for row, _ in asked]
         requests = [
-            Request(problem.prompt_ids_T, (seed, step, number, index % count), options.max_new_tokens)
-            for index, (number, problem) in enumerate(asked)
+            Request(problem.prompt_ids_T, (seed, step, *key), options.max_new_tokens)
+            for problem, key in zip(problems, asked, strict=True)
         ]
-        problems = [problem for _, problem in asked]
-        return self.answerer.answer(problems, requests, sampling, lambda done: self.world.watchdog.alive())
+        completions = self.answerer.answer(problems, requests, sampling, self._alive)
+        return [(row, completion) for (row, _), completion in zip(asked, completions, strict=True)]
+
+    def _alive(self, _: int) -> None:
+        self.world.watchdog.alive()
