@@ -8,7 +8,7 @@ from pathlib import Path
 
 from posttrain.config.arguments import COMMAND_LINE, DEFAULT
 from posttrain.config.describe import default_of
-from posttrain.config.schema import Config, DataOptions, TrainerOptions
+from posttrain.config.schema import Config, DataOptions, TrainerOptions, VLLMOptions
 
 
 def options_without_effect(config: Config, origins: dict[str, str]) -> list[dict[str, str]]:
@@ -28,6 +28,7 @@ def _without_effect(config: Config) -> Iterator[tuple[str, str]]:
     yield from _of_layout(config)
     yield from _of_optim(config)
     yield from _of_validation(config)
+    yield from _of_rollout(config)
     yield from _of_trainer(config)
 
 
@@ -105,6 +106,14 @@ def _of_validation(config: Config) -> Iterator[tuple[str, str]]:
         watching = ("test_freq", "val_before_train", "num_val_generations", "best_metric", "early_stopping_patience")
         for option in watching:
             yield f"trainer.{option}", "there is nothing to validate on without data.val_files"
+
+
+def _of_rollout(config: Config) -> Iterator[tuple[str, str]]:
+    if config.rollout.name == "vllm":
+        yield "rollout.batch_size", "vLLM decides how many answers are written at the same time"
+        return
+    for option in VLLMOptions.model_fields:
+        yield f"vllm.{option}", f"rollout.name is {config.rollout.name}"
 
 
 def _of_trainer(config: Config) -> Iterator[tuple[str, str]]:
