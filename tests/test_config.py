@@ -378,6 +378,8 @@ def test_all_problems_are_told_at_once():
     ("arguments", "key"),
     [
         (["rollout.top_p=0.9"], "rollout.top_p"),
+        (["vllm.devices=[0]"], "vllm.devices"),
+        (["rollout.name=vllm", "rollout.batch_size=8"], "rollout.batch_size"),
         (["optim.wsd_decay_ratio=0.2"], "optim.wsd_decay_ratio"),
         (["optim.lr_scheduler_type=constant", "optim.min_lr_ratio=0.1"], "optim.min_lr_ratio"),
         (["data.messages_key=chat", "data.prompt_key=q"], "data.prompt_key"),
@@ -422,6 +424,7 @@ def test_chosen_option_without_effect_is_told(arguments: list[str], key: str):
         ["optim.lr_scheduler_type=wsd", "optim.wsd_decay_ratio=0.2"],
         ["data.train_files=org/set", "data.hub_config=main", "data.train_split=all"],
         ["trainer.total_training_steps=9"],
+        ["rollout.name=vllm", "vllm.python=/opt/vllm/bin/python", "vllm.max_model_len=512"],
         ["model.lora_rank=8", "model.lora_alpha=32"],
         ["trainer.n_gpus_per_node=4", "engine.fsdp_size=2", "engine.reshard_after_forward=false"],
         ["data.val_files=v.jsonl", "trainer.early_stopping_patience=3", "trainer.test_freq=5"],

@@ -26,8 +26,8 @@ Model = Annotated[
 
 # of a run's saved options, those that say where and how it trained, not what it made
 OF_TRAINING = (
-    "trainer.nnodes", "trainer.rdzv_endpoint", "trainer.max_restarts", "rollout.n", "rollout.temperature", "rollout.top_p",
-    "rollout.top_k",
+    "trainer.nnodes", "trainer.rdzv_endpoint", "trainer.max_restarts", "rollout.name", "rollout.n", "rollout.temperature",
+    "rollout.top_p", "rollout.top_k",
 )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from posttrain.config.schema import (
     DataOptions,
     RewardOptions,
     TrainerOptions,
+    VLLMOptions,
 )
 
 
@@ -35,6 +36,7 @@ def _without_effect(config: Config, command: str | None) -> Iterator[tuple[str, 
     if command == "sft":
         for option in ("n", "temperature"):
             yield f"rollout.{option}", f"validation during training has rollout.val_{option}"
+        yield "rollout.name", "validation during fine-tuning answers by transformers"
         yield (
             "tools.functions",
             "answers of validation during fine-tuning call no tools; `posttrain grpo` and `evaluate` do",
@@ -46,6 +48,7 @@ def _without_effect(config: Config, command: str | None) -> Iterator[tuple[str, 
     yield from _of_validation(config)
     yield from _of_rewards(config.reward)
     yield from _of_tools(config)
+    yield from _of_rollout(config)
     yield from _of_trainer(config)
 
 
@@ -184,6 +187,14 @@ def _of_tools(config: Config) -> Iterator[tuple[str, str]]:
     if not config.tools.functions:
         for option in ("max_turns", "max_answer_tokens", "timeout_seconds"):
             yield f"tools.{option}", "tools.functions names no tool"
+
+
+def _of_rollout(config: Config) -> Iterator[tuple[str, str]]:
+    if config.rollout.name == "vllm":
+        yield "rollout.batch_size", "vLLM decides how many answers are written at the same time"
+        return
+    for option in VLLMOptions.model_fields:
+        yield f"vllm.{option}", f"rollout.name is {config.rollout.name}"
 
 
 def _of_trainer(config: Config) -> Iterator[tuple[str, str]]:

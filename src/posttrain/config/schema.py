@@ -283,6 +283,8 @@ class OptimOptions(Section):
 class RolloutOptions(Section):
     """How answers are generated: those that reinforcement learning learns from, and those of evaluation."""
 
+    name: Literal["transformers", "vllm"] = "transformers"
+    """Who writes them: transformers in this process, or vLLM in a process of its own, which the section `vllm` describes."""
     n: PositiveInt | None = None
     """Answers to each prompt: in GRPO the group that they are compared in (8 if not given), in `evaluate` how many are judged
     (1 if not given)."""
@@ -301,6 +303,28 @@ class RolloutOptions(Section):
     """`rollout.temperature` of validation during training."""
     batch_size: PositiveInt = 64
     """Answers written at the same time on one device."""
+
+
+class VLLMOptions(Section):
+    """The process that answers where rollout.name is vllm."""
+
+    python: PathText | None = None
+    """Interpreter that has vLLM, in an environment of its own if need be. Not given: the one that runs posttrain."""
+    devices: list[NonNegativeInt] = []
+    """Devices of the servers, by the numbers of CUDA_VISIBLE_DEVICES; each process of a machine takes
+    `vllm.tensor_parallel_size` of them for its server. Not given: the process's own device, where trainer and server take turns."""
+    tensor_parallel_size: PositiveInt = 1
+    """Devices that share each layer of a server's model."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    """Share of a device's memory that a server takes for weights and for what it keeps of each token; on CPU, of the host's."""
+    max_model_len: PositiveInt | None = None
+    """Longest prompt with its answer, in tokens. Not given: what the model allows."""
+    enforce_eager: bool | None = None
+    """Do without compiled kernels and CUDA graphs: a faster start, slower answers. Not given: only on CPU."""
+    start_timeout_seconds: PositiveFloat = 600.0
+    """Seconds after which a server that has not started is given up."""
+    timeout_seconds: PositiveFloat = 300.0
+    """Seconds without a sign of life after which a server that was asked for something is given up."""
 
 
 class RewardOptions(Section):
@@ -492,5 +516,6 @@ class Config(Section):
     trainer: TrainerOptions = TrainerOptions()
     algorithm: AlgorithmOptions = AlgorithmOptions()
     rollout: RolloutOptions = RolloutOptions()
+    vllm: VLLMOptions = VLLMOptions()
     reward: RewardOptions = RewardOptions()
     tools: ToolOptions = ToolOptions()

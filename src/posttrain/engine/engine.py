@@ -21,7 +21,7 @@ from posttrain.distributed.world import World, seed_all
 from posttrain.engine.optimizer import AdamW, StepReport
 from posttrain.losses.loss import Loss, Scored
 from posttrain.models.attention import Documents
-from posttrain.models.lora import Adapters, is_adapter_weight, merged_weights, without_adapters
+from posttrain.models.lora import Adapters, base_weights, is_adapter_weight, merged_weights, without_adapters
 from posttrain.models.policy import Policy
 from posttrain.records import MicroBatch
 
@@ -123,6 +123,11 @@ class Engine:
         device = self.world.device.torch_device
         weights = ((name, whole(weight, device)) for name, weight in self.policy.lm.state_dict().items())
         return merged_weights(self.policy.lm, weights) if self.adapters else weights
+
+    def named_base_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The same without the adapters."""
+        device = self.world.device.torch_device
+        return base_weights((name, whole(weight, device)) for name, weight in self.policy.lm.state_dict().items())
 
     def named_adapter(self) -> Iterator[tuple[str, Tensor]]:
         """The whole adapter weights by their own names, one at a time, on every process."""

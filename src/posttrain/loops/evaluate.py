@@ -28,12 +28,12 @@ from posttrain.loops.answering import (
     read_problems,
     requests_for,
 )
+from posttrain.loops.rollout_engine import open_rollout
 from posttrain.loops.training_data import chat_maker
 from posttrain.models.load import find_model, load_model
 from posttrain.rewards.accuracy import Accuracy
 from posttrain.rewards.score import open_scorer
 from posttrain.rollout.rollout import Sampling
-from posttrain.rollout.transformers import TransformersRollout
 from posttrain.run.progress import Display
 
 
@@ -86,7 +86,11 @@ def _answers(
         if judged:
             world.everyone(lambda: check_judged(problems, ", ".join(files), scorer, config.reward.names))
         options = config.rollout
-        rollout = TransformersRollout(_model(config, world), chat.tokenizer, options.batch_size)
+        model = _model(config, world)
+        logs = Path(config.trainer.default_local_dir) if config.rollout.name == "vllm" else Path()
+        rollout = opened.enter_context(open_rollout(config, model, lambda: model, chat.tokenizer, [], world, logs))
+        if options.name == "vllm":
+            rollout.take(model.state_dict().items())
         count = options.n or 1
         asked = [problem for problem in problems for _ in range(count)]
         requests = requests_for(problems, count, options.max_new_tokens, config.trainer.seed)

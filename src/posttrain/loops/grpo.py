@@ -11,13 +11,15 @@ from posttrain.distributed.watchdog import watching
 from posttrain.distributed.world import join_world
 from posttrain.engine.build import build_engine, build_reference, kept_dtype
 from posttrain.engine.engine import Engine
+from posttrain.engine.export import assemble
 from posttrain.errors import InputError
 from posttrain.loops.answering import Answerer, check_judged, open_tools
 from posttrain.loops.answers_shown import show_answers
 from posttrain.loops.given import read_completions
 from posttrain.loops.learner import Learner
 from posttrain.loops.prompts import describe_prompts, open_prompts, prompt_report, updates_of
-from posttrain.loops.rollouts import Answering, answers_a_group, open_rollout
+from posttrain.loops.rollout_engine import hand_over, open_rollout
+from posttrain.loops.rollouts import Answering, answers_a_group
 from posttrain.loops.sft import write_gradients
 from posttrain.loops.training_data import chat_maker
 from posttrain.loops.training_run import TrainingRun
@@ -61,12 +63,15 @@ def grpo(config: Config, resolved_yaml: str, gradients_to: str | None = None, co
             packing=config.data.packing, seed=config.trainer.seed, temperature=config.rollout.temperature or 1.0,
         )  # fmt: skip
         reference = build_reference(engine, config.model, config.engine, dtype) if config.algorithm.kl_coef else None
-        with open_rollout(engine, data, config) as rollout:
+        make_model = partial(assemble, engine, dtype, device.torch_device)
+        with open_rollout(
+            config, engine.policy.lm, make_model, chat.tokenizer, data.end_ids, world, run.folder.path
+        ) as rollout:
             run.resume(engine)
             learner = Learner(config, engine, reference)
             answering = Answering(Answerer(rollout, tools, config.data.max_length), scorer, data, config, world, given)
             if gradients_to is not None:
-                rollout.take(engine.named_weights())
+                hand_over(engine, rollout)
                 learner.gather_gradients(answering.step(run.step), run.step, answering.num_prompts(run.step))
                 write_gradients(engine, gradients_to, display)
                 return
@@ -81,7 +86,7 @@ def train(run: TrainingRun, learner: Learner, answering: Answering) -> None:
         run.judge(engine, validate(engine, answering))
     run.begin()
     while run.step < data.schedule.num_steps and not run.stopping:
-        answering.answerer.rollout.take(engine.named_weights())
+        hand_over(engine, answering.answerer.rollout)
         found = answering.step(run.step)
         answering.say_what_is_wrong(found, run.step + 1, run.display)
         run.record(learner.learn(found, run.step, answering.num_prompts(run.step)))
@@ -98,7 +103,7 @@ def validate(engine: Engine, answering: Answering) -> dict[str, float]:
     data, config = answering.data, answering.config
     if not data.val:
         return {}
-    answering.answerer.rollout.take(engine.named_weights())
+    hand_over(engine, answering.answerer.rollout)
     return accuracy_of(
         data.val, answering.answerer, answering.scorer, engine.world, config.rollout, config.trainer.seed
     )

@@ -3,35 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 from posttrain.config.schema import Config
 from posttrain.distributed.world import World
-from posttrain.engine.engine import Engine
-from posttrain.engine.export import assemble
 from posttrain.loops.answering import Answerer, answered
 from posttrain.loops.experience import Experience, experience
 from posttrain.loops.prompts import ANSWERS_A_GROUP, PromptData
 from posttrain.records import Completion
 from posttrain.rewards.score import Score, Scorer
-from posttrain.rollout.rollout import Request, Rollout, Sampling
-from posttrain.rollout.transformers import TransformersRollout
+from posttrain.rollout.rollout import Request, Sampling
 from posttrain.run.progress import Display
-
-
-@contextmanager
-def open_rollout(engine: Engine, data: PromptData, config: Config) -> Iterator[Rollout]:
-    """The engine that answers, with the weights that the run begins with. Every process must call this."""
-    world = engine.world
-    dtype = world.device.compute_dtype(config.model.dtype)
-    model = assemble(engine, dtype, world.device.torch_device)
-    rollout = TransformersRollout(model, data.chat.tokenizer, config.rollout.batch_size, data.end_ids)
-    try:
-        yield rollout
-    finally:
-        rollout.close()
 
 
 def answers_a_group(config: Config) -> int:

@@ -104,7 +104,7 @@ class AdapterWeights:
             assert self._base is not None
             return self._base.read(name.replace(BASE_LAYER, ""), shape, part)
         if self._saved is not None:
-            return self._taken(_file_name(name), shape)[part]
+            return self._taken(file_name(name), shape)[part]
         return _fresh(name, shape, self._seed)[part]
 
     def _taken(self, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -172,6 +172,11 @@ def merged_weights(lm: Any, weights: Iterable[tuple[str, Tensor]]) -> Iterator[t
     assert not waiting, f"adapters without their layers: {list(waiting)}"
 
 
+def base_weights(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Of a state dict with adapters, the plain model's weights by its own names, as they were without."""
+    return ((name.replace(BASE_LAYER, ""), weight) for name, weight in weights if not is_adapter_weight(name))
+
+
 def save_adapter(folder: Path, adapters: Adapters, weights: dict[str, Tensor]) -> None:
     """Write an adapter as peft does, and `base.json`, which names the model it belongs to. Raises RunError.
 
@@ -184,7 +189,7 @@ def save_adapter(folder: Path, adapters: Adapters, weights: dict[str, Tensor]) -
     try:
         folder.mkdir(parents=True, exist_ok=True)
         saved.save_pretrained(str(folder))
-        tensors = {_file_name(name): weight.contiguous() for name, weight in weights.items()}
+        tensors = {file_name(name): weight.contiguous() for name, weight in weights.items()}
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         base = {"model": adapters.base_path, "fingerprint": adapters.base_fingerprint}
         (folder / "base.json").write_text(json.dumps(base, indent=2) + "\n")
@@ -283,5 +288,6 @@ def _fresh(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     return torch.rand(shape, generator=generator) * (2 * bound) - bound
 
 
-def _file_name(name: str) -> str:
+def file_name(name: str) -> str:
+    """How peft's files call an adapter weight."""
     return _PREFIX + name.replace(f".{ADAPTER}.", ".")
