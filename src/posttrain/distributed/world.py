@@ -140,7 +140,8 @@ def join_world(
     layout, watchdog = layout or EngineOptions(), watchdog or Watchdog()
     size = world_size_wanted()
     shard_size = _checked_sizes(layout, size)
-    if size == 1 and dtype == kept_dtype and not layout.param_offload:
+    offloads = layout.param_offload or (layout.reference_offload and device.has_own_memory)
+    if size == 1 and dtype == kept_dtype and not offloads:
         yield World(device, watchdog=watchdog)
         return
     dist.init_process_group(

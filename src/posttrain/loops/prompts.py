@@ -18,6 +18,7 @@ from posttrain.data.tokenized import Report
 from posttrain.distributed.world import World
 from posttrain.errors import InputError
 from posttrain.loops.answering import Problem, read_problems
+from posttrain.loops.training_data import without_effect_here
 from posttrain.records import Conversation
 from posttrain.rollout.tools import Tools
 from posttrain.run.progress import Display
@@ -151,10 +152,10 @@ def describe_prompts(data: PromptData, config: Config, world: World) -> list[str
         which = (
             "the model without its adapters"
             if config.model.lora_rank or config.model.lora_adapter_path
-            else "a copy of the model as it is now"
+            else "a copy of the model that the run begins with"
         )
         lines.append(f"the divergence from {which} counts {algorithm.kl_coef:g} in the {algorithm.kl_in}")
-    return lines
+    return lines + without_effect_here(data.chat, config, world)
 
 
 def updates_of(schedule: Schedule, config: Config) -> list[int]:

@@ -158,21 +158,26 @@ def describe(data: TrainingData, config: Config, world: World) -> list[str]:
         f"{schedule.num_epochs:.4g} epochs of {schedule.steps_per_epoch:,} steps, on {world.size} "
         f"{'process' if world.size == 1 else 'processes'} ({world.device.type}){_layout(world)}"
     )
-    for option in ("param_offload", "optimizer_offload"):
-        if getattr(config.engine, option) and not world.device.has_own_memory:
-            lines.append(f"no effect in this run: engine.{option}: this device computes in the host's memory anyway")
-    return lines + [
-        f"no effect in this run: {said}: the chat template never reads it" for said in _unread(data, config)
+    return lines + without_effect_here(data.chat, config, world)
+
+
+def without_effect_here(chat: ChatTokenizer, config: Config, world: World) -> list[str]:
+    """Lines on options that have no effect on this device or with this chat template."""
+    offloads = ("param_offload", "optimizer_offload", "reference_offload")
+    chosen = [option for option in offloads if getattr(config.engine, option) and not world.device.has_own_memory]
+    return [
+        *(f"no effect in this run: engine.{o}: this device computes in the host's memory anyway" for o in chosen),
+        *(f"no effect in this run: {said}: the chat template never reads it" for said in _unread(chat, config)),
     ]
 
 
-def _unread(data: TrainingData, config: Config) -> list[str]:
+def _unread(chat: ChatTokenizer, config: Config) -> list[str]:
     """What the options give to the chat template, and its text does not name."""
     options = config.data
     given = {name: f"data.chat_template_kwargs.{name}" for name in options.chat_template_kwargs}
     if options.enable_thinking is not None:
         given["enable_thinking"] = "data.enable_thinking"
-    text = str(data.chat.tokenizer.chat_template)
+    text = str(chat.tokenizer.chat_template)
     return [said for name, said in given.items() if name not in text and options.format != "tokens"]
 
 
