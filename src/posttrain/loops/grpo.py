@@ -82,12 +82,15 @@ def grpo(config: Config, resolved_yaml: str, gradients_to: str | None = None, co
 def train(run: TrainingRun, learner: Learner, answering: Answering) -> None:
     """Steps until the schedule ends, or something asks to stop."""
     engine, data, trainer = learner.engine, answering.data, run.config.trainer
+    rollout = answering.answerer.rollout
     if run.step == 0 and trainer.val_before_train:
         run.judge(engine, validate(engine, answering))
     run.begin()
     while run.step < data.schedule.num_steps and not run.stopping:
-        hand_over(engine, answering.answerer.rollout)
+        hand_over(engine, rollout)
         found = answering.step(run.step)
+        if engine.world.device.has_own_memory:
+            rollout.sleep()  # training has the device's memory now
         answering.say_what_is_wrong(found, run.step + 1, run.display)
         run.record(learner.learn(found, run.step, answering.num_prompts(run.step)))
         if run.due(trainer.sample_freq):
