@@ -92,7 +92,12 @@ def test_a_run_from_an_sft_folder_earns_more_and_says_so(finished):
 
 def test_rollouts_have_the_log_probabilities_of_the_current_weights(finished, tiny, folder):
     full = records(finished[0], "rollout")
-    run(options(tiny, folder, "lora", model__lora_rank=4, model__lora_alpha=16, optim__lr=3e-2), folder)
+    run(
+        options(
+            tiny, folder, "lora", model__lora_rank=4, model__lora_alpha=16, model__lora_dropout=0.3, optim__lr=3e-2
+        ),
+        folder,
+    )
     lora = records(folder / "lora", "rollout")
     assert max(r["logprob_gap"] for r in full + lora) < 1e-4
     assert lora[-1]["reward_mean"] > lora[0]["reward_mean"]
@@ -122,6 +127,8 @@ def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(finished, tiny, fol
     assert all(torch.equal(weight, expected[name]) for name, weight in weights(folder / "resumed").items())
     assert [told(r) for r in records(folder / "resumed", "rollout")] == [told(r) for r in records(path, "rollout")]
     assert answers(folder / "resumed", 6) == answers(path, 6)
+    other = options(tiny, folder, "resumed", trainer__total_training_steps=9, algorithm__clip_ratio_high=0.3)
+    assert "in GRPO also reward, algorithm, tools and sampling" in run(other, folder, code=2)
 
 
 def test_two_processes_give_the_same_answers_also_after_resuming(tiny, folder):
@@ -168,7 +175,7 @@ LOSSES = {
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_gradients_of_given_answers_do_not_depend_on_the_layout(finished, tiny, folder, loss):
-    """The answers of a step that a run wrote, whose policy has moved since: ratios are not one."""
+    """The answers of a step that a run wrote, by the policy that another run begins with."""
     given = finished[0] / "samples" / "step-3.jsonl"
 
     def gradients(name, size=1, **layout):
@@ -191,9 +198,10 @@ def test_gradients_of_given_answers_do_not_depend_on_the_layout(finished, tiny, 
         ({"data__max_prompt_length": 5}, "more than data.max_prompt_length=5"),
         ({"algorithm__ppo_mini_batch_size": 9}, "both count prompts"),
         ({"algorithm__overlong_buffer_tokens": 13}, "the whole answer"),
-        ({"data__max_tokens_per_gpu": 11}, "does not hold a prompt and an answer"),
+        ({"data__max_tokens_per_gpu": 11}, "does not hold the longest prompt"),
         ({"data__max_prompt_length": 5, "data__truncation": "drop"}, "no row can be asked"),
         ({"reward__name": "share_of_digit"}, "share_of_digits"),
+        ({"trainer__best_metric": "val_loss", "trainer__num_val_generations": 4}, "no validation loss"),
     ],
     ids=str,
 )
@@ -211,7 +219,10 @@ def test_everything_at_once(tiny, folder):
                 rollout__temperature=0.8, algorithm__policy_loss="cispo", algorithm__mask_truncated="true"),
         folder, size=2,
     )  # fmt: skip
-    assert "16 updates of the weights" in said and "the divergence from a copy of the model that the run begins with" in said
+    assert (
+        "16 updates of the weights" in said
+        and "the divergence from a copy of the model that the run begins with" in said
+    )
     rollout = records(folder / "all", "rollout")
     assert len(rollout) == 4 and all(math.isfinite(r["reward_mean"]) for r in rollout)
     assert 0 < rollout[-1]["kl"] < 3 and max(r["logprob_gap"] for r in rollout) < 1e-4

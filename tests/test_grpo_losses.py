@@ -63,6 +63,11 @@ def test_rewards_that_nobody_could_tell_take_no_part():
     assert has_signal(rewards, prompts).tolist() == [True, True, True, False, False]
 
 
+def test_equal_rewards_have_no_advantage_at_all():
+    assert not advantages(np.full(7, 0.7), np.zeros(7), "grpo").any()  # 0.7 is not the mean of seven times 0.7
+    assert not has_signal(np.full(7, 0.7), np.zeros(7)).any()
+
+
 @pytest.mark.parametrize(
     ("mode", "weights", "total"),
     [

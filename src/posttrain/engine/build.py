@@ -18,7 +18,7 @@ from posttrain.engine.optimizer import AdamW, learning_rate, warmup_steps
 from posttrain.errors import InputError
 from posttrain.models.load import empty_model, find_model, load_config, load_model, set_tables
 from posttrain.models.lora import Adapters, AdapterWeights, add_adapters, fill_adapters, fingerprint, wants_adapters
-from posttrain.models.policy import Policy
+from posttrain.models.policy import Policy, without_dropout
 from posttrain.models.weights import FileWeights, Weights, weights_folder
 
 
@@ -33,6 +33,7 @@ def build_engine(
     packing: bool,
     seed: int,
     temperature: float = 1.0,
+    dropout: bool = True,
 ) -> Engine:
     """The engine of a run of `num_steps` steps, which computes in `dtype`. Every process must call this."""
     check_layout(model, layout, packing)
@@ -40,6 +41,8 @@ def build_engine(
     sharded, wanted = world.mesh is not None, wants_adapters(model)
     lm, base = _empty(model, world, seed) if sharded else (_whole(model, seed), None)
     adapter_config = add_adapters(lm, model, dtype) if wanted else None
+    if not dropout:
+        without_dropout(lm)
     weights = AdapterWeights(base, model, seed) if wanted else base
     policy = prepare(
         Policy(lm, packing, temperature),

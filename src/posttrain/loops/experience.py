@@ -33,6 +33,7 @@ class Experience:
     rewards_N: np.ndarray  # float64, with what lengths and divergence take off
     seconds: dict[str, float] = field(default_factory=dict)
     tool_counts: dict[str, int] = field(default_factory=dict)  # see ToolCounts; none without tools
+    warnings: list[str] = field(default_factory=list)  # of the engines that answered
 
     def __len__(self) -> int:
         return len(self.completions)
@@ -73,6 +74,7 @@ class Experience:
             np.concatenate([self.rewards_N, other.rewards_N]),
             {name: self.seconds[name] + other.seconds[name] for name in self.seconds},
             {name: self.tool_counts[name] + other.tool_counts[name] for name in self.tool_counts},
+            [*self.warnings, *other.warnings],
         )
 
     def metrics(self) -> dict[str, float | None]:
@@ -108,6 +110,7 @@ def experience(
     max_new_tokens: int,
     seconds: dict[str, float],
     tool_counts: dict[str, int] | None = None,
+    warnings: list[str] | None = None,
 ) -> Experience:
     """Answers, each with the number of its problem, the problem and its score; over-long shaping comes off their rewards."""
     prompts_N = np.array([number for number, *_ in answers], dtype=np.int64)
@@ -119,7 +122,7 @@ def experience(
             lengths_N, max_new_tokens, algorithm.overlong_buffer_tokens, algorithm.overlong_penalty
         )
     problems = [problem for _, problem, _, _ in answers]
-    return Experience(problems, prompts_N, completions, scores, rewards_N, seconds, tool_counts or {})
+    return Experience(problems, prompts_N, completions, scores, rewards_N, seconds, tool_counts or {}, warnings or [])
 
 
 def overlong_penalty(lengths_N: np.ndarray, max_new_tokens: int, buffer: int, penalty: float) -> np.ndarray:

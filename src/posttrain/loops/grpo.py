@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from functools import partial
 
+from posttrain.config.checks import check_grpo
 from posttrain.config.schema import Config
 from posttrain.distributed.device import choose_device
 from posttrain.distributed.watchdog import watching
@@ -12,7 +13,6 @@ from posttrain.distributed.world import join_world
 from posttrain.engine.build import build_engine, build_reference, kept_dtype
 from posttrain.engine.engine import Engine
 from posttrain.engine.export import assemble
-from posttrain.errors import InputError
 from posttrain.loops.answering import Answerer, check_judged, open_tools
 from posttrain.loops.answers_shown import show_answers
 from posttrain.loops.given import read_completions
@@ -36,7 +36,7 @@ def grpo(config: Config, resolved_yaml: str, gradients_to: str | None = None, co
 
     Raises InputError before training where something is wrong, RunError where a run cannot go on.
     """
-    check_options(config)
+    check_grpo(config)
     device = choose_device(config.trainer.device)
     dtype = device.compute_dtype(config.model.dtype)
     with (
@@ -50,17 +50,16 @@ def grpo(config: Config, resolved_yaml: str, gradients_to: str | None = None, co
         chat = world.everyone(chat_maker(config))
         tools = opened.enter_context(open_tools(config.tools, chat, world))
         data = open_prompts(config, chat, tools, world, display)
+        if completions is not None:
+            given = world.everyone(lambda: read_completions(completions, data, answers_a_group(config)))
+            data = data.answered_by(given)
         run.plan(data, describe_prompts(data, config, world), prompt_report(data))
         files = ", ".join(config.data.train_files)
         world.everyone(lambda: check_judged(data.train[:LOOKED_AT], files, scorer, config.reward.names))
-        given = (
-            world.everyone(lambda: read_completions(completions, data, answers_a_group(config)))
-            if completions
-            else None
-        )
         engine = build_engine(
             config.model, config.engine, config.optim, sum(updates_of(data.schedule, config)), world, dtype,
             packing=config.data.packing, seed=config.trainer.seed, temperature=config.rollout.temperature or 1.0,
+            dropout=False,
         )  # fmt: skip
         reference = build_reference(engine, config.model, config.engine, dtype) if config.algorithm.kl_coef else None
         make_model = partial(assemble, engine, dtype, device.torch_device)
@@ -69,10 +68,10 @@ def grpo(config: Config, resolved_yaml: str, gradients_to: str | None = None, co
         ) as rollout:
             run.resume(engine)
             learner = Learner(config, engine, reference)
-            answering = Answering(Answerer(rollout, tools, config.data.max_length), scorer, data, config, world, given)
+            answering = Answering(Answerer(rollout, tools, config.data.max_length), scorer, data, config, world)
             if gradients_to is not None:
                 hand_over(engine, rollout)
-                learner.gather_gradients(answering.step(run.step), run.step, answering.num_prompts(run.step))
+                learner.gather_gradients(answering.step(run.step), run.step, len(data.rows(run.step)))
                 write_gradients(engine, gradients_to, display)
                 return
             train(run, learner, answering)
@@ -92,7 +91,7 @@ def train(run: TrainingRun, learner: Learner, answering: Answering) -> None:
         if engine.world.device.has_own_memory:
             rollout.sleep()  # training has the device's memory now
         answering.say_what_is_wrong(found, run.step + 1, run.display)
-        run.record(learner.learn(found, run.step, answering.num_prompts(run.step)))
+        run.record(learner.learn(found, run.step, len(data.rows(run.step))))
         if run.due(trainer.sample_freq):
             run.world.on_main(partial(show_answers, found, run.step, run.display, run.folder))
         if run.due(trainer.test_freq):
@@ -110,36 +109,3 @@ def validate(engine: Engine, answering: Answering) -> dict[str, float]:
     return accuracy_of(
         data.val, answering.answerer, answering.scorer, engine.world, config.rollout, config.trainer.seed
     )
-
-
-def check_options(config: Config) -> None:
-    """Raise InputError for options that cannot be learnt with, before anything is loaded."""
-    rollout, algorithm, data = config.rollout, config.algorithm, config.data
-    if answers_a_group(config) < 2:
-        raise InputError(
-            "rollout.n=1: an answer is compared with the others to the same prompt, and a group of one has none. Give 2 or more; 8 "
-            "is usual."
-        )
-    if rollout.temperature == 0:
-        raise InputError(
-            "rollout.temperature=0 gives the same answer again and again, so that no group has anything to learn from. 1 is usual."
-        )
-    if algorithm.overlong_buffer_tokens > rollout.max_new_tokens:
-        raise InputError(
-            f"algorithm.overlong_buffer_tokens={algorithm.overlong_buffer_tokens} is more than "
-            f"rollout.max_new_tokens={rollout.max_new_tokens}, the whole answer."
-        )
-    longest = (data.max_prompt_length or 0) + rollout.max_new_tokens
-    if (
-        data.max_tokens_per_gpu is not None
-        and longest > data.max_tokens_per_gpu * config.engine.ulysses_sequence_parallel_size
-    ):
-        raise InputError(
-            f"data.max_tokens_per_gpu={data.max_tokens_per_gpu} does not hold a prompt and an answer of {longest} tokens. Raise it, or "
-            "lower rollout.max_new_tokens."
-        )
-    if (algorithm.ppo_mini_batch_size or 0) > data.train_batch_size:
-        raise InputError(
-            f"algorithm.ppo_mini_batch_size={algorithm.ppo_mini_batch_size} is more than data.train_batch_size={data.train_batch_size}; "
-            "both count prompts."
-        )

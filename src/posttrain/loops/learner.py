@@ -12,6 +12,7 @@ import torch
 
 from posttrain.config.schema import AlgorithmOptions, Config
 from posttrain.engine.engine import Engine, LossReport
+from posttrain.errors import RunError
 from posttrain.loops.experience import Experience, Update, plan_updates, samples_of
 from posttrain.loops.policy_batches import Limits, micro_batches, with_logprobs
 from posttrain.loops.prompts import parts_of
@@ -58,7 +59,9 @@ class Learner:
 
     def gather_gradients(self, found: Experience, step: int, num_prompts: int) -> LossReport:
         """The gradients of the step's first update, without the update."""
-        batch, update = next(iter(self._batches(found, step, num_prompts)))
+        batch, update = self._batches(found, step, num_prompts)[0]
+        if not update.numbers:
+            raise RunError("There is no gradient: no answer of the first update earned another reward than its group.")
         return self.engine.forward_backward(batch, self.loss, update.total_weight)
 
     def _batches(self, found: Experience, step: int, num_prompts: int) -> list[tuple[list[MicroBatch], Update]]:

@@ -28,8 +28,9 @@ class Limits:
         """Numbers of the samples in each document of each of this process's micro-batches."""
         documents = self._documents(samples)
         lengths = [_num_tokens([samples[i] for i in document]) for document in documents]
-        longest = max([*lengths, self.max_tokens or 0])  # an answer is as long as it is
-        parts = split(lengths, world.num_readers, self.max_rows, self.max_tokens and longest)[world.reader]
+        if self.max_tokens is not None:  # an answer is as long as it is; one over the limit goes alone
+            lengths = [min(length, self.max_tokens) for length in lengths]
+        parts = split(lengths, world.num_readers, self.max_rows, self.max_tokens)[world.reader]
         return [[documents[number] for number in part] for part in parts]
 
     def _documents(self, samples: Sequence[Sample]) -> list[list[int]]:

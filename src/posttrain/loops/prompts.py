@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from posttrain.distributed.world import World
 from posttrain.errors import InputError
 from posttrain.loops.answering import Problem, read_problems
 from posttrain.loops.training_data import without_effect_here
-from posttrain.records import Conversation
+from posttrain.records import Completion, Conversation
 from posttrain.rollout.tools import Tools
 from posttrain.run.progress import Display
 
@@ -37,7 +38,8 @@ class PromptData:
     val_report: Report
     schedule: Schedule
     chat: ChatTokenizer
-    rules: str  # what else decides on the answers of a step
+    rules: str  # fingerprint of what else decides on the answers of a step and what becomes of them
+    given: dict[int, list[Completion]] | None = None  # answers to learn from instead, by the number of their prompt
 
     @cached_property
     def fingerprint(self) -> str:
@@ -59,8 +61,20 @@ class PromptData:
             return []
         return self.chat.end_ids(found[-1].ids_T, found[-1].weights_T)
 
+    def answered_by(self, given: dict[int, list[Completion]]) -> PromptData:
+        """The same where every step takes these answers and no others."""
+        schedule = replace(self.schedule, num_rows=len(given), batch_size=len(given), shuffle=False)
+        seen = hashlib.sha256()
+        for row, completions in given.items():
+            for segment in (segment for completion in completions for segment in completion.segments):
+                seen.update(repr(row).encode() + segment.ids_T.tobytes())
+        rules = f"{self.rules}-{seen.hexdigest()[:12]}"
+        return replace(self, schedule=schedule, given=given, rules=rules)
+
     def rows(self, step: int, extra: int = 0) -> list[int]:
         """The numbers of a step's problems; with `extra` further ones, a function of both numbers."""
+        if self.given is not None:
+            return list(self.given)
         rows = self.schedule.rows(step)
         if extra:
             stream = np.random.Generator(np.random.Philox(key=[self.schedule.seed, (1 << 32) + step]))
@@ -105,9 +119,8 @@ def open_prompts(
         trainer.seed,
         data.shuffle,
     )
-    rollout = config.rollout
-    rules = f"{config.algorithm.max_num_gen_batches}-{rollout.n}-{rollout.max_new_tokens}-{rollout.temperature}"
-    return PromptData(train, val, report, val_report, schedule, chat, rules)
+    _check_lengths(train, config)
+    return PromptData(train, val, report, val_report, schedule, chat, _rules(config))
 
 
 def prompt_report(data: PromptData) -> dict[str, Any]:
@@ -170,6 +183,26 @@ def updates_of(schedule: Schedule, config: Config) -> list[int]:
 def parts_of(num_prompts: int, mini_batch_size: int) -> int:
     """Updates that so many prompts are dealt to."""
     return -(-num_prompts // mini_batch_size)
+
+
+def _rules(config: Config) -> str:
+    """Changes with every option, and with the file of rewards, that decides what is learnt from a prompt."""
+    rollout = config.rollout
+    sampling = (rollout.n or ANSWERS_A_GROUP, rollout.max_new_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
+    sections = [section.model_dump_json() for section in (config.algorithm, config.reward, config.tools)]
+    rewards = Path(config.reward.path).read_bytes() if config.reward.path else b""
+    return hashlib.sha256(repr((sampling, sections, rewards)).encode()).hexdigest()[:12]
+
+
+def _check_lengths(problems: list[Problem], config: Config) -> None:
+    """Raise InputError where a prompt with its answer does not fit into the micro-batch that someone asked for."""
+    limit, new = config.data.max_tokens_per_gpu, config.rollout.max_new_tokens
+    longest = max(len(problem.prompt_ids_T) for problem in problems)
+    if limit is not None and longest + new > limit * config.engine.ulysses_sequence_parallel_size:
+        raise InputError(
+            f"data.max_tokens_per_gpu={limit} does not hold the longest prompt, of {longest} tokens, with an answer of {new}. Raise it, "
+            "or lower rollout.max_new_tokens or data.max_prompt_length."
+        )
 
 
 def _within(

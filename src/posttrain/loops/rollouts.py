@@ -29,31 +29,23 @@ class Answering:
     data: PromptData
     config: Config
     world: World
-    given: dict[int, list[Completion]] | None = None  # answers to use instead, by the number of their prompt
-
-    def num_prompts(self, step: int) -> int:
-        """How many groups a step wants to learn from."""
-        return len(self.data.schedule.rows(step) if self.given is None else self.given)
 
     def step(self, step: int) -> Experience:
         """The answers of a step: a function of the weights, the seed and the step. With algorithm.filter_groups up to
         algorithm.max_num_gen_batches batches of prompts are asked, until as many groups as wanted have a signal."""
-        if self.given is not None:
-            return self._batch(list(self.given), step)
         found = self._batch(self.data.rows(step), step)
-        if self.config.algorithm.filter_groups:
+        if self.config.algorithm.filter_groups and self.data.given is None:
             for extra in range(1, self.config.algorithm.max_num_gen_batches):
                 more = self.data.rows(step, extra)
-                if found.num_with_signal >= self.num_prompts(step) or not more:
+                if found.num_with_signal >= len(self.data.rows(step)) or not more:
                     break
                 found = found.joined(self._batch(more, step))
         return found
 
     def say_what_is_wrong(self, found: Experience, step: int, display: Display) -> None:
-        """What the rollout engine warns of, and the first answer of the step that nobody could judge."""
-        warnings = self.answerer.rollout.warnings
-        while warnings:
-            display.say(warnings.pop(0))
+        """What the rollout engines warn of, and the first answer of the step that nobody could judge."""
+        for warning in found.warnings:
+            display.say(warning)
         unknown = [score.problem for score in found.scores if score.reward is None]
         if unknown:
             display.say(
@@ -63,7 +55,7 @@ class Answering:
     def _batch(self, rows: list[int], step: int) -> Experience:
         """The answers to the prompts with these numbers, dealt to the processes by whole groups, whose prompt is read once."""
         world, tools = self.world, self.answerer.tools
-        world.watchdog.beat("answering", patient=True)
+        world.watchdog.beat("answering", step=step + 1, patient=True)
         own, started = rows[world.rank :: world.size], time.perf_counter()
         answers = world.everyone(lambda: self._answers(own, step))
         answered_at = time.perf_counter()
@@ -71,9 +63,11 @@ class Answering:
         scores = world.everyone(lambda: self.scorer.score(asked, self._alive))
         seconds = {"rollout": answered_at - started, "reward": time.perf_counter() - answered_at}
         counts = asdict(tools.take_counts()) if tools else {}
-        parts = world.gather((answers, scores, seconds, counts))
+        warnings = self.answerer.rollout.warnings
+        parts = world.gather((answers, scores, seconds, counts, list(warnings)))
+        warnings.clear()
         judged: dict[int, list[tuple[Completion, Score]]] = {row: [] for row in rows}
-        for theirs, their_scores, _, _ in parts:
+        for theirs, their_scores, *_ in parts:
             for (row, completion), score in zip(theirs, their_scores, strict=True):
                 judged[row].append((completion, score))
         return experience(
@@ -82,11 +76,12 @@ class Answering:
             self.config.rollout.max_new_tokens,
             {name: max(part[2][name] for part in parts) for name in seconds},
             {name: sum(part[3][name] for part in parts) for name in counts},
+            list(dict.fromkeys(warning for part in parts for warning in part[4])),
         )
 
     def _answers(self, rows: list[int], step: int) -> list[tuple[int, Completion]]:
-        if self.given is not None:
-            return [(row, completion) for row in rows for completion in self.given[row]]
+        if self.data.given is not None:
+            return [(row, completion) for row in rows for completion in self.data.given[row]]
         options, seed = self.config.rollout, self.config.trainer.seed
         sampling = Sampling(1.0 if options.temperature is None else options.temperature, options.top_p, options.top_k)
         asked = [(row, number) for row in rows for number in range(answers_a_group(self.config))]

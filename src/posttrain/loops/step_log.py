@@ -142,8 +142,9 @@ class StepLog:
         tokens, flops, *own_seconds = pending.counts.tolist()
         started = time.perf_counter()  # from here on it waits for no other process
         slowest = self.slowest.of(own_seconds, pending.seconds)
-        # what the answers took is not the training's
-        seconds = max(pending.seconds - (pending.work.rollout.get("rollout_seconds") or 0.0), 1e-9)
+        rollout = pending.work.rollout  # what the answers and their rewards took is not the training's
+        elsewhere = (rollout.get("rollout_seconds") or 0.0) + (rollout.get("reward_seconds") or 0.0)
+        seconds = max(pending.seconds - elsewhere, 1e-9)
         facts = ""
         if outcome is not None:
             self._count(pending.step, outcome)

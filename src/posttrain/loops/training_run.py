@@ -223,7 +223,8 @@ class TrainingRun:
         if found.data != self.progress.data:
             raise InputError(
                 f"{saved[-1]} was trained on other data or other batches (rows, tokenizer, template, max_length, batch size, "
-                "seed or shuffling differ). Use the same, or another trainer.default_local_dir."
+                "seed or shuffling differ; in GRPO also reward, algorithm, tools and sampling). Use the same, or another "
+                "trainer.default_local_dir."
             )
         if found.model != self.progress.model:
             raise InputError(

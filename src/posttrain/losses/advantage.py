@@ -41,9 +41,9 @@ def groups(prompts_N: np.ndarray) -> list[np.ndarray]:
 
 
 def _of_group(rewards_G: np.ndarray, estimator: str) -> np.ndarray:
+    if np.ptp(rewards_G) <= EPSILON:  # the mean of equal numbers is not always that number
+        return np.zeros(len(rewards_G))
     centered_G = rewards_G - rewards_G.mean()
-    if len(rewards_G) == 1:
-        return centered_G
     match estimator:
         case "grpo":
             return centered_G / (rewards_G.std(ddof=1) + EPSILON)

@@ -81,6 +81,15 @@ class Policy(nn.Module):
         raise InputError(f"{type(self.lm).__name__}: no list of layers was found; is it a causal language model?")
 
 
+def without_dropout(lm: Any) -> None:
+    """Let the model compute in training what it computes in use: ratios of probabilities must not be noise."""
+    for module in lm.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
 def _use_attention(lm: Any, implementation: str) -> None:
     try:
         lm.set_attn_implementation(implementation)
