@@ -243,10 +243,25 @@ def test_answers_without_a_known_reward_are_counted_and_not_learnt_from(tiny, fo
         "reward__name": "compute_score",
         "trainer__total_training_steps": 2,
     }
-    before = run(options(tiny, folder, "broken", **changes), folder)
-    assert [r["rewards_unknown"] for r in records(folder / "broken", "rollout")] == [32, 32], before
-    sft, broken = (load_file(folder / name / "checkpoint-final" / "model.safetensors") for name in ("sft", "broken"))
-    assert all(torch.equal(weight, broken[name]) for name, weight in sft.items())
+    said = run(options(tiny, folder, "broken", **changes), folder, code=3)
+    assert "step 1: 32 of 32 answers could not be judged" in said and "much" in said
+
+
+def test_a_refused_run_leaves_the_one_in_its_folder_as_it_was(tiny, folder):
+    run(options(tiny, folder, "kept", trainer__total_training_steps=1), folder)
+    kept = {name: (folder / "kept" / name).read_text() for name in ("config.yaml", "run.json", "metrics.jsonl")}
+    run(options(tiny, folder, "kept", trainer__total_training_steps=2, rollout__top_p=0.5), folder, code=2)
+    assert {name: (folder / "kept" / name).read_text() for name in kept} == kept
+    said = run(options(tiny, folder, "kept", trainer__total_training_steps=1), folder)
+    assert "there is nothing to train" in said
+
+
+def test_a_run_that_learns_nothing_says_so_and_keeps_its_weights(tiny, folder):
+    (folder / "same.py").write_text("def compute_score(**given):\n    return 0.7\n")
+    changes = {"reward__path": folder / "same.py", "reward__name": "compute_score", "trainer__total_training_steps": 2}
+    assert "the weights did not move" in run(options(tiny, folder, "same", **changes), folder)
+    sft, same = (load_file(folder / name / "checkpoint-final" / "model.safetensors") for name in ("sft", "same"))
+    assert all(torch.equal(weight, same[name]) for name, weight in sft.items())
 
 
 def test_answers_may_call_tools_and_what_tools_say_is_not_learnt(tiny, folder):

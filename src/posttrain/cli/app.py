@@ -179,7 +179,10 @@ def generate(
 
     home = home_of(resolved)
     state = RunFolder(home).read_state()
-    output = output or (home / "samples" / f"step-{state.step}.jsonl" if state else home / "samples.jsonl")
+    of_run = home / "samples" / f"step-{state.step if state else 0}.jsonl"
+    if state and of_run.exists() and '"ids"' in of_run.open().readline():  # what the run itself answered there
+        of_run = of_run.with_name(f"generated-{state.step}.jsonl")
+    output = output or (of_run if state else home / "samples.jsonl")
     answers = run(resolved.config, files, output, num_samples)
     if is_main():
         for answer in answers[:show]:

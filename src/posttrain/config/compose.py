@@ -147,7 +147,7 @@ class _Draft:
         key = self._our_name(key)
         option = _option_of(key)
         if option is None:
-            self.problems.append(_unknown(key, origin))
+            self.problems.append(_unknown(key, origin, self.command))
             return
         self._forget(key)
         self.values[key] = _as_asked(option, value, text)
@@ -157,7 +157,7 @@ class _Draft:
         key = self._our_name(key)
         option = _option_of(key)
         if option is None:
-            self.problems.append(_unknown(key, COMMAND_LINE))
+            self.problems.append(_unknown(key, COMMAND_LINE, self.command))
             return
         self._forget(key)
         if not any(_is_within(known, option) for known in self.values):
@@ -262,11 +262,15 @@ def _escaped(value: Any) -> Any:
     return value.replace("${", "\\${") if isinstance(value, str) else value
 
 
-def _unknown(key: str, origin: str) -> str:
+def _unknown(key: str, origin: str, command: str | None) -> str:
     section = key.partition(".")[0]
     if key in groups():
         return f"{key} ({origin}): expected options below it; a recipe is chosen by `- {key}: name` under `defaults:`."
-    near = f" Nearest: {', '.join(_nearest(key))}." if _nearest(key) else " `posttrain sft --help` lists them."
+    near = (
+        f" Nearest: {', '.join(_nearest(key))}."
+        if _nearest(key)
+        else f" `posttrain {command or 'sft'} --help` lists them."
+    )
     if "." not in key or section in sections():
         return f"{key} ({origin}): there is no such option.{near}"
     return f"{key} ({origin}): there is no section '{section}', only {', '.join(sections())}.{near}"

@@ -103,6 +103,11 @@ class Engine:
         self.step += 1
         return report
 
+    def num_weights(self) -> tuple[int, int]:
+        """Those that are trained, and all."""
+        parameters = [(p.numel(), p.requires_grad) for p in self.policy.lm.parameters()]
+        return sum(number for number, trained in parameters if trained), sum(number for number, _ in parameters)
+
     def skip_step(self) -> None:
         """Count a step in which there was nothing to learn."""
         self.step += 1

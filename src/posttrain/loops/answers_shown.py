@@ -29,7 +29,8 @@ def show_answers(found: Experience, step: int, display: Display, folder: RunFold
     known = [i for i in members if not np.isnan(found.rewards_N[i])] or [members[0]]
     best, worst = max(known, key=lambda i: found.rewards_N[i]), min(known, key=lambda i: found.rewards_N[i])
     for i in dict.fromkeys((best, worst)):
-        display.say(f"  reward {found.rewards_N[i]:.3g}: {_short(found.completions[i].text)}")
+        reward = "unknown" if np.isnan(found.rewards_N[i]) else f"{found.rewards_N[i]:.3g}"
+        display.say(f"  reward {reward}: {_short(found.completions[i].text)}")
     place = folder.path / "samples"
     try:
         place.mkdir(exist_ok=True)

@@ -48,6 +48,17 @@ class Experience:
         """Groups of which something can be learnt."""
         return len(np.unique(self.prompts_N[self.signal_N]))
 
+    @property
+    def num_unknown(self) -> int:
+        """Answers that nobody could judge."""
+        return sum(score.reward is None for score in self.scores)
+
+    @property
+    def about_unknown(self) -> str:
+        """How many they are, and why the first."""
+        problem = next((score.problem for score in self.scores if score.reward is None), None)
+        return f"{self.num_unknown} of {len(self)} answers could not be judged, such as: {problem}"
+
     def taken(self, chosen_N: np.ndarray) -> Experience:
         """The answers with these numbers or this mask."""
         numbers = np.flatnonzero(chosen_N) if chosen_N.dtype == bool else chosen_N
@@ -91,14 +102,14 @@ class Experience:
             "reward_mean": _mean(known_N),
             "reward_std": float(known_N.std()) if len(known_N) else None,
             "right_share": right / judged if judged else None,
-            "rewards_unknown": sum(score.reward is None for score in self.scores),
+            "rewards_unknown": self.num_unknown,
             "no_signal_share": 1 - self.num_with_signal / num_groups if num_groups else None,
             "answer_tokens_mean": _mean(lengths_N),
             "answer_tokens_max": int(lengths_N.max(initial=0)),
             "truncated_share": _mean(np.array([not completion.stopped for completion in self.completions])),
             "rollout_seconds": seconds,
             "reward_seconds": self.seconds.get("reward", 0.0),
-            "rollout_tokens_per_second": lengths_N.sum() / seconds if seconds else None,
+            "rollout_tokens_per_second": lengths_N.sum() / seconds if seconds > 1e-3 else None,  # else they were given
             **{f"tool_{name}": count for name, count in self.tool_counts.items()},
             **{f"reward_{name}": _mean_of_part(self.scores, name) for name in sorted(parts) if len(parts) > 1},
         }

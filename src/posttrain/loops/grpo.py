@@ -13,6 +13,7 @@ from posttrain.distributed.world import join_world
 from posttrain.engine.build import build_engine, build_reference, kept_dtype
 from posttrain.engine.engine import Engine
 from posttrain.engine.export import assemble
+from posttrain.errors import RunError
 from posttrain.loops.answering import Answerer, check_judged, open_tools
 from posttrain.loops.answers_shown import show_answers
 from posttrain.loops.given import read_completions
@@ -82,6 +83,7 @@ def train(run: TrainingRun, learner: Learner, answering: Answering) -> None:
     """Steps until the schedule ends, or something asks to stop."""
     engine, data, trainer = learner.engine, answering.data, run.config.trainer
     rollout = answering.answerer.rollout
+    began_at, num_updates, unjudged = run.step, 0, 0  # unjudged: steps in a row of which no answer could be judged
     if run.step == 0 and trainer.val_before_train:
         run.judge(engine, validate(engine, answering))
     run.begin()
@@ -91,13 +93,23 @@ def train(run: TrainingRun, learner: Learner, answering: Answering) -> None:
         if engine.world.device.has_own_memory:
             rollout.sleep()  # training has the device's memory now
         answering.say_what_is_wrong(found, run.step + 1, run.display)
-        run.record(learner.learn(found, run.step, len(data.rows(run.step))))
+        unjudged = unjudged + 1 if found.num_unknown == len(found) else 0
+        if unjudged == (trainer.max_skipped_steps if num_updates else 1):
+            raise RunError(f"step {run.step + 1}: {found.about_unknown}\nMend the reward; checkpoints are untouched.")
+        work = learner.learn(found, run.step, len(data.rows(run.step)))
+        num_updates += len(work.updates)
+        run.record(work)
         if run.due(trainer.sample_freq):
             run.world.on_main(partial(show_answers, found, run.step, run.display, run.folder))
         if run.due(trainer.test_freq):
             run.judge(engine, validate(engine, answering))
         if run.due(trainer.save_freq):
             run.save(engine)
+    if run.step > began_at and not num_updates:
+        run.display.say(
+            "no step had a group whose answers earned different rewards, so that the weights did not move. Look at the answers in "
+            "samples/, and at reward.name, rollout.max_new_tokens and what the model can do."
+        )
 
 
 def validate(engine: Engine, answering: Answering) -> dict[str, float]:

@@ -156,9 +156,13 @@ def describe_prompts(data: PromptData, config: Config, world: World) -> list[str
             for reason, count in report.rows_dropped.items()
         ]
     updates = sum(updates_of(schedule, config))
+    answers = (
+        f"prompts x {config.rollout.n or ANSWERS_A_GROUP} answers of at most {config.rollout.max_new_tokens} tokens"
+        if data.given is None
+        else f"prompts with {sum(map(len, data.given.values())):,} given answers, the same in each"
+    )
     lines.append(
-        f"{schedule.num_steps:,} steps of {schedule.batch_size} prompts x {config.rollout.n or ANSWERS_A_GROUP} answers of at most "
-        f"{config.rollout.max_new_tokens} tokens, {updates:,} updates of the weights, on {world.size} "
+        f"{schedule.num_steps:,} steps of {schedule.batch_size} {answers}, {updates:,} updates of the weights, on {world.size} "
         f"{'process' if world.size == 1 else 'processes'} ({world.device.type})"
     )
     if algorithm.kl_coef:

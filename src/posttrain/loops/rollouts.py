@@ -46,11 +46,8 @@ class Answering:
         """What the rollout engines warn of, and the first answer of the step that nobody could judge."""
         for warning in found.warnings:
             display.say(warning)
-        unknown = [score.problem for score in found.scores if score.reward is None]
-        if unknown:
-            display.say(
-                f"step {step}: {len(unknown)} of {len(found)} answers could not be judged, such as: {unknown[0]}"
-            )
+        if found.num_unknown:
+            display.say(f"step {step}: {found.about_unknown}")
 
     def _batch(self, rows: list[int], step: int) -> Experience:
         """The answers to the prompts with these numbers, dealt to the processes by whole groups, whose prompt is read once."""

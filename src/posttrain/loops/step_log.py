@@ -155,7 +155,8 @@ class StepLog:
             if pending.work.rollout:
                 self._write_rollout(pending, outcome, seconds)
         if pending.work.rollout:
-            facts = f"reward {pending.work.rollout['reward_mean'] or 0:.3f}  {facts}"
+            reward = pending.work.rollout["reward_mean"]
+            facts = f"reward {'unknown' if reward is None else f'{reward:.3f}'}  {facts}"
         self.display.advance(1, facts)
         self._writing_seconds += time.perf_counter() - started
         if self.num_skipped_in_a_row >= self.max_skipped:

@@ -56,6 +56,7 @@ class TrainingRun:
         self.folder = RunFolder(Path(config.trainer.default_local_dir))
         self.checkpoints = Checkpoints(self.folder.path, config.trainer.max_ckpt_to_keep, world)
         self.metrics = Metrics(None)
+        self.resolved_yaml = ""
         self.state = RunState(world_size=world.size, versions=library_versions())
         self.progress = Progress(step=0, best=None, best_step=None, stale_validations=0, data="", model="", updates=0)
         self.last_saved = -1
@@ -72,7 +73,8 @@ class TrainingRun:
             run = cls(config, world, display, stack.enter_context(catching_signals()))
             stack.callback(lambda: run.metrics.close())
             stack.callback(lambda: run.checkpoints.close())
-            world.on_main(lambda: run._claim_folder(resolved_yaml))
+            run.resolved_yaml = resolved_yaml
+            world.on_main(run._claim_folder)
             world.watchdog.folder = run.folder
             try:
                 yield run
@@ -89,12 +91,13 @@ class TrainingRun:
         model = self.config.model
         shape = load_config(find_model(model.path), model.override_config, model.revision, model.trust_remote_code)
         self.progress = replace(self.progress, data=data.fingerprint, model=model_fingerprint(shape, model))
-        self.state.total_steps = data.schedule.num_steps
-        self.state.data_fingerprint, self.state.model_fingerprint = self.progress.data, self.progress.model
         for line in lines:
             self.display.say(line)
-        self._found = self.world.on_main(self._checkpoint_to_resume)
+        self._found = self.world.on_main(self._checkpoint_to_resume)  # till here nothing of an earlier run was touched
+        self.state.total_steps = data.schedule.num_steps
+        self.state.data_fingerprint, self.state.model_fingerprint = self.progress.data, self.progress.model
         if self.world.is_main:
+            self.folder.write("config.yaml", self.resolved_yaml)
             self.folder.write_json("data_report.json", report)
             self.folder.write_state(self.state)
 
@@ -112,6 +115,14 @@ class TrainingRun:
             drop_after(self.folder.metrics, self.step if self._found else -1)
             self.metrics = Metrics(self.folder.metrics, self._trackers())
         trainer, device = self.config.trainer, self.world.device
+        if engine.adapters:
+            trained, every = engine.num_weights()
+            self.display.say(f"adapters: {trained:,} of {every:,} weights are trained")
+        if self.step >= self.state.total_steps:
+            self.display.say(
+                f"this run has {self.step} steps already, of {self.state.total_steps} that are asked for: there is nothing to train. "
+                "Raise trainer.total_training_steps or trainer.total_epochs, or choose another trainer.default_local_dir."
+            )
         self.log = StepLog(
             self.world,
             self.metrics,
@@ -202,7 +213,7 @@ class TrainingRun:
         self._write_state("finished")
         self._say_what_next()
 
-    def _claim_folder(self, resolved_yaml: str) -> None:
+    def _claim_folder(self) -> None:
         self.folder.create()
         clear_leftovers(self.folder.path)
         saved = self.checkpoints.saved()
@@ -212,7 +223,6 @@ class TrainingRun:
                 f"{self.folder.path} holds checkpoints, such as {saved[-1].name}. Choose another trainer.default_local_dir, "
                 "delete it, or go on from it with trainer.resume_mode=auto."
             )
-        self.folder.write("config.yaml", resolved_yaml)
 
     def _checkpoint_to_resume(self) -> Path | None:
         """The newest checkpoint. Raises InputError where it belongs to another run."""
@@ -285,6 +295,10 @@ class TrainingRun:
 
     def _say_what_next(self) -> None:
         folder, best = self.folder.path, self.progress.best_step
+        if best == 0:
+            self.display.say(
+                "the best validation was the one before training: look at the metrics before you use this model"
+            )
         if best and best != self.state.step:
             self.display.say(f"best validation at step {best}: {folder / 'checkpoint-best'}")
         self.display.say(f"finished after {self.state.step} steps. The model lies in {folder / 'checkpoint-final'}")
