@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from posttrain.config.schema import AlgorithmOptions
-from posttrain.loops.answering import Problem
-from posttrain.loops.experience import experience, num_trained, overlong_penalty, plan_updates, samples_of
+from posttrain.loops.answering import Answer, Problem, answered
+from posttrain.loops.experience import experience, overlong_penalty, plan_updates, samples_of
 from posttrain.records import Completion, Conversation, Segment
 from posttrain.rewards.accuracy import Accuracy, Difference, pass_at_k
 from posttrain.rewards.score import Score
@@ -46,7 +46,14 @@ def test_an_answer_whose_history_was_rewritten_becomes_several_samples():
     last = completion(segment(5), prompt=(1, 2, 9), earlier=[first])
     one, two = samples_of(7, last)
     assert (one.ids_T.tolist(), two.ids_T.tolist(), one.row, two.row) == ([1, 2, 3, 4], [1, 2, 9, 5], 7, 7)
-    assert num_trained(last) == 3
+
+
+def test_lengths_count_what_the_model_wrote_in_all_pieces():
+    """A reward of length and evaluation.jsonl too: not what tools wrote, nor the last piece alone."""
+    last = completion(segment(5), segment(7, 7, trained=False), segment(6), earlier=[completion(segment(3, 4))])
+    problem = Problem(Conversation([{"role": "user", "content": "q"}]), np.array([1, 2], np.int32))
+    record = Answer(problem.conversation, last, None, Score(RIGHT, 1.0, {})).as_record()
+    assert (last.num_trained, answered(problem, last).num_tokens, record["num_tokens"]) == (4, 4, 4)
 
 
 def test_answers_without_log_probabilities_have_no_such_signal():

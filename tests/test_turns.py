@@ -253,7 +253,7 @@ def test_a_template_that_rewrites_history_gives_earlier_completions(chat_of):
     tools.close()
     # the prompt ends with an empty thinking block, which the template leaves out of history
     assert [decoded(tools, piece.segments[0]) for piece in dropped.earlier] == [CALCULATE + "<|im_end|>"] * 2
-    assert all(piece.num_tokens and not piece.earlier and piece.stopped for piece in dropped.earlier)
+    assert all(piece.num_trained and not piece.earlier and piece.stopped for piece in dropped.earlier)
     final = chat.tokenizer.decode(dropped.prompt_ids_T)
     assert final.count(CALCULATE) == 2 and final.count("<think>") == 1 and shapes(dropped) == [True]
     assert spaced not in chat.tokenizer.decode(respaced.prompt_ids_T)

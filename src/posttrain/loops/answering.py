@@ -62,7 +62,7 @@ class Answer:
             "ground_truth": self.ground_truth,
             "verdict": str(self.verdict),
             "reward": self.score.reward,
-            "num_tokens": self.completion.num_tokens,
+            "num_tokens": self.completion.num_trained,
             "cut": not self.completion.stopped,
         }
         if len(self.score.parts) > 1:
@@ -164,7 +164,7 @@ def answered(problem: Problem, completion: Completion) -> Answered:
         problem.ground_truth,
         row.data_source,
         row.extra_info,
-        completion.num_tokens,
+        completion.num_trained,
         completion.stopped,
     )
 

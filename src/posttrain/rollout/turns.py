@@ -60,7 +60,7 @@ class _Trajectory:
         self.segments += completion.segments
         self.text, self.stopped = completion.text, completion.stopped
         self.num_turns += 1
-        self.num_drawn += completion.num_tokens
+        self.num_drawn += completion.num_trained
 
 
 def converse(
