@@ -143,14 +143,14 @@ def plain_chat(tiny):
     return ChatTokenizer(tokenizer)
 
 
-def run(tools, *scripts, max_new_tokens=1000, max_length=None, messages=QUESTION):
+def run(tools, *scripts, max_new_tokens=1000, max_length=None, messages=QUESTION, advance=lambda done: None):
     """The completions, and the rollout that wrote them."""
     tools.take_counts()
     conversation = Conversation([*messages, {"role": "assistant", "content": "the reference"}])
     prompt_T = tools.chat.prompt_ids(tools.offered_in(conversation))
     requests = [Request(prompt_T, (7, n), max_new_tokens, first_position=5) for n in range(len(scripts))]
     rollout = Scripted(tools.chat.tokenizer, *scripts)
-    return converse(rollout, requests, [conversation] * len(scripts), Sampling(), tools, max_length), rollout
+    return converse(rollout, requests, [conversation] * len(scripts), Sampling(), tools, max_length, advance), rollout
 
 
 def decoded(tools, segment):
@@ -277,7 +277,10 @@ def test_a_template_that_moves_the_system_message_gives_earlier_completions(chat
 
 
 def test_trajectories_go_on_in_lock_step_and_end_alone(qwen):
-    completions, rollout = run(qwen, ["7"], [CALCULATE, "7"], [CALCULATE + "\n" + SEARCH % "x", CALCULATE, "8"])
+    heard = []
+    scripts = ["7"], [CALCULATE, "7"], [CALCULATE + "\n" + SEARCH % "x", CALCULATE, "8"]
+    completions, rollout = run(qwen, *scripts, advance=heard.append)
+    assert sum(heard) == 3 and heard.count(0) >= 4  # of every call, which may take its time
     assert [len(round_) for round_ in rollout.rounds] == [3, 2, 1]
     assert [completion.text for completion in completions] == ["7", "7", "8"]
     assert [shapes(completion) for completion in completions] == [
@@ -347,6 +350,11 @@ def test_limits_on_turns_and_tokens_end_a_trajectory_as_cut(qwen):
     prompt = len(none_left.prompt_ids_T)
     (full,), rollout = run(qwen, calls, max_length=prompt + length + 10)
     assert shapes(full) == [True] and not full.stopped and len(rollout.rounds) == 1
+    assert qwen.take_counts().cut == 1
+    _, rollout = run(qwen, ["so ..."], max_length=prompt + 10)  # of a first turn too
+    assert rollout.rounds[0][0].max_new_tokens == 10
+    (asked_in_vain,), rollout = run(qwen, [], max_length=prompt)
+    assert shapes(asked_in_vain) == [] and not asked_in_vain.stopped and not rollout.rounds
     assert qwen.take_counts().cut == 1
 
 
