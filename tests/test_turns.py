@@ -13,6 +13,7 @@ from posttrain.config.schema import ToolOptions
 from posttrain.data.chat import ChatTokenizer, Rules
 from posttrain.data.provenance.messages import reasoning_end
 from posttrain.errors import InputError
+from posttrain.loops.answering import check_prompts_whole
 from posttrain.records import Completion, Conversation, Segment
 from posttrain.rollout.calculator import calculator
 from posttrain.rollout.calls import Call
@@ -356,6 +357,14 @@ def test_limits_on_turns_and_tokens_end_a_trajectory_as_cut(qwen):
     (asked_in_vain,), rollout = run(qwen, [], max_length=prompt)
     assert shapes(asked_in_vain) == [] and not asked_in_vain.stopped and not rollout.rounds
     assert qwen.take_counts().cut == 1
+
+
+def test_prompts_that_offer_tools_are_not_cut():
+    for truncation in ("left", "right"):
+        with pytest.raises(InputError, match=f"data.truncation={truncation} cuts prompts"):
+            check_prompts_whole(ToolOptions(functions=["calculator"]), truncation)
+        check_prompts_whole(ToolOptions(), truncation)
+    check_prompts_whole(ToolOptions(functions=["calculator"]), "drop")
 
 
 def test_calls_are_read_where_a_model_means_them(qwen):

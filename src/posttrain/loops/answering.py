@@ -97,6 +97,15 @@ def read_problems(
     return problems, report
 
 
+def check_prompts_whole(options: ToolOptions, truncation: str) -> None:
+    """Raise InputError where prompts that offer tools would be cut: what a model calls is told to the whole conversation."""
+    if options.functions and truncation not in ("error", "drop"):
+        raise InputError(
+            f"data.truncation={truncation} cuts prompts, and with tools.functions a prompt is rendered anew, whole, for each turn. "
+            "Choose data.truncation=drop or error."
+        )
+
+
 @contextmanager
 def open_tools(options: ToolOptions, chat: ChatTokenizer, world: World) -> Iterator[Tools | None]:
     """The tools of a run; None where the options name none. Every process must call this."""
