@@ -1,6 +1,7 @@
 """Answers in several turns: what the model saw and wrote is kept exactly, tools are run safely, limits hold."""
 
 import copy
+import re
 import time
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,7 @@ from posttrain.data.chat import ChatTokenizer, Rules
 from posttrain.data.provenance.messages import reasoning_end
 from posttrain.errors import InputError
 from posttrain.loops.answering import check_prompts_whole
+from posttrain.python_file import import_file
 from posttrain.records import Completion, Conversation, Segment
 from posttrain.rollout.calculator import calculator
 from posttrain.rollout.calls import Call
@@ -436,17 +438,29 @@ BAD_TOOLS = {
     "{file}:missing": "has no function 'missing'",
     "{file}:undocumented": "needs a docstring",
     "{file}:untyped": "a type for each",
-    "{broken}:f": "cannot be imported: ZeroDivisionError",
+    "{broken}:f": "cannot be imported: ZeroDivisionError: division by zero (line 1 of broken.py)",
 }
 
 
 def test_a_tool_that_cannot_be_used_is_refused_with_what_to_write(tools_file, tmp_path, plain_chat):
     (tmp_path / "broken.py").write_text("1 / 0")
     for named, said in BAD_TOOLS.items():
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match=re.escape(said)):
             Tools(ToolOptions(functions=[named.format(file=tools_file, broken=tmp_path / "broken.py")]), plain_chat)
     with pytest.raises(InputError, match="same name"):
         Tools(ToolOptions(functions=["calculator", "calculator"]), plain_chat)
+
+
+def test_files_of_one_name_are_two_and_a_broken_one_stays_broken(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.py").write_text(f"from beside_{folder} import x\ndef f():\n    return x\n")
+        (tmp_path / folder / f"beside_{folder}.py").write_text(f"x = {folder!r}")
+        assert import_file(str(tmp_path / folder / "mine.py"), "tools.functions").f() == folder
+    (tmp_path / "broken.py").write_text("raise SystemExit(0)")
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"reward.path: .*broken.py cannot be imported: SystemExit: 0 \(line 1"):
+            import_file(str(tmp_path / "broken.py"), "reward.path")
 
 
 SUMS = {
