@@ -1,13 +1,21 @@
 """From answers to samples and updates, on small hand-made answers."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 
 from posttrain.config.schema import AlgorithmOptions
-from posttrain.loops.answering import Problem
-from posttrain.loops.experience import experience, num_trained, overlong_penalty, plan_updates, samples_of
+from posttrain.data.batches import plan_steps
+from posttrain.data.chat import ChatTokenizer
+from posttrain.data.tokenized import Report
+from posttrain.errors import InputError
+from posttrain.loops.answering import Answer, Problem, answered
+from posttrain.loops.answers_shown import record
+from posttrain.loops.experience import experience, overlong_penalty, plan_updates, samples_of
+from posttrain.loops.given import read_completions
+from posttrain.loops.prompts import PromptData
 from posttrain.records import Completion, Conversation, Segment
 from posttrain.rewards.accuracy import Accuracy, Difference, pass_at_k
 from posttrain.rewards.score import Score
@@ -46,12 +54,83 @@ def test_an_answer_whose_history_was_rewritten_becomes_several_samples():
     last = completion(segment(5), prompt=(1, 2, 9), earlier=[first])
     one, two = samples_of(7, last)
     assert (one.ids_T.tolist(), two.ids_T.tolist(), one.row, two.row) == ([1, 2, 3, 4], [1, 2, 9, 5], 7, 7)
-    assert num_trained(last) == 3
+
+
+def test_lengths_count_what_the_model_wrote_in_all_pieces():
+    """A reward of length and evaluation.jsonl too: not what tools wrote, nor the last piece alone."""
+    last = completion(segment(5), segment(7, 7, trained=False), segment(6), earlier=[completion(segment(3, 4))])
+    problem = Problem(Conversation([{"role": "user", "content": "q"}]), np.array([1, 2], np.int32))
+    record = Answer(problem.conversation, last, None, Score(RIGHT, 1.0, {})).as_record()
+    assert (last.num_trained, answered(problem, last).num_tokens, record["num_tokens"]) == (4, 4, 4)
 
 
 def test_answers_without_log_probabilities_have_no_such_signal():
     (sample,) = samples_of(0, completion(segment(3, known=False)))
     assert sample.signals == {}
+
+
+@pytest.fixture(scope="module")
+def prompts(tiny):
+    """One problem, asked with the ids 1 and 2."""
+    from transformers import AutoTokenizer
+
+    problem = Problem(Conversation([{"role": "user", "content": "q"}]), np.array([1, 2], np.int32))
+    chat = ChatTokenizer(AutoTokenizer.from_pretrained(tiny / "model"))
+    return PromptData([problem], [], Report(), Report(), plan_steps(1, 1, 1, 1, 0, False), chat, "")
+
+
+def test_answers_written_to_a_file_are_read_back_as_they_were(prompts, tmp_path):
+    first = completion(segment(3, 4), prompt=(1, 2))
+    answers = [
+        completion(segment(3), segment(7, 7, trained=False), segment(5)),
+        completion(segment(5), segment(8, trained=False), segment(6), prompt=(1, 2, 9), earlier=[first]),
+        completion(segment(5), prompt=(1, 9)),  # the prompt in another rendering
+        completion(stopped=False),  # a prompt that left no room
+    ]
+    lines = []
+    for answer, text in zip(answers, ("a", "a line \u2028 separator", "c", ""), strict=True):
+        given = [(0, prompts.train[0], Completion(**{**vars(answer), "text": text}), Score(RIGHT, 1.0, {}))]
+        lines.append(record(experience(given, AlgorithmOptions(), 10, {}), 0))
+    assert ["pieces" in line for line in lines] == [False, True, True, False]
+    file = tmp_path / "given.jsonl"
+    file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    found = read_completions(str(file), prompts, 4)[0]
+    assert [answer.text for answer in found] == [line["text"] for line in lines]
+    assert [answer.stopped for answer in found] == [True, True, True, False]
+    for answer, expected in zip(found, answers, strict=True):
+        pairs = zip(samples_of(0, answer), samples_of(0, expected), strict=True)
+        for sample, other in pairs:
+            assert sample.prompt_length == other.prompt_length
+            for name in ("ids_T", "weights_T"):
+                np.testing.assert_array_equal(getattr(sample, name), getattr(other, name))
+            np.testing.assert_array_equal(sample.signals["rollout_logprobs"], other.signals["rollout_logprobs"])
+
+
+BAD_ANSWERS = {
+    '{"ids": [[3], [4, 5]]}': "ids is [[3], [4, 5]], expected a list of token ids",
+    '{"ids": [true, 3]}': "ids is [true, 3], expected",
+    '{"ids": [3, 99999]}': "token id 99999 in ids, and this tokenizer has",
+    '{"ids": []}': "ids is [], expected",
+    '{"ids": [3], "logprobs": ["x"]}': 'logprobs is ["x"], expected a list of finite numbers',
+    '{"ids": [3], "logprobs": [NaN]}': "logprobs is [NaN], expected",
+    '{"ids": [3], "logprobs": [-1, [2]]}': "logprobs is [-1, [2]], expected",
+    '{"ids": [3], "logprobs": [-1, -2]}': "2 logprobs for 1 ids",
+    '{"ids": [3], "trained": ["no"]}': 'trained is ["no"], expected',
+    '{"ids": [3], "row": true}': "row True is none of the 1 prompts",
+    '{"pieces": [[3]]}': "pieces is [[3]], expected a list of objects",
+    '{"pieces": [{"ids": [3]}]}': "prompt_ids is null, expected a list of token ids",
+    '{"text": ""}': "the text is empty",
+}
+
+
+def test_answers_that_cannot_be_read_are_said_with_their_line(prompts, tmp_path):
+    file = tmp_path / "bad.jsonl"
+    vars(prompts)["end_ids"] = []  # as of a template without an end token
+    for line, said in BAD_ANSWERS.items():
+        file.write_text(f'{{"row": 0, "ids": [3], "logprobs": [-1]}}\n{{"row": 0, {line[1:]}\n')
+        with pytest.raises(InputError) as error:
+            read_completions(str(file), prompts, 4)
+        assert f"{file} line 2: {said}" in str(error.value), line
 
 
 def test_groups_are_dealt_whole_to_updates_and_weights_are_made_of_whole_answers():

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import forked
 from conftest import records
+from posttrain.errors import RunError
 from tiny import worst_gap
 
 REWARD = '''
@@ -115,6 +116,26 @@ def stale(rank, size, arguments):
     from posttrain.rollout.transformers import TransformersRollout
 
     TransformersRollout.take = lambda self, weights: None
+    forked.command(rank, size, arguments)
+
+
+def test_an_engine_that_fails_on_one_process_ends_the_run_with_its_message(tiny, folder):
+    """The other one gathers weights with it until the last, and does not wait for ever."""
+    said = folder / "said"
+    group = forked.start(refusing, 2, options(tiny, folder, "refused"), said=said)
+    assert group.wait() == [3, 3], group.output()
+    assert "the server has no memory for w" in group.output() and "Traceback" not in group.output()
+
+
+def refusing(rank, size, arguments):
+    from posttrain.rollout.transformers import TransformersRollout
+
+    def take(rollout, weights):
+        name, _ = next(iter(weights))
+        raise RunError(f"the server has no memory for w {name}")
+
+    if rank:
+        TransformersRollout.take = take
     forked.command(rank, size, arguments)
 
 

@@ -1,6 +1,7 @@
 """Answers in several turns: what the model saw and wrote is kept exactly, tools are run safely, limits hold."""
 
 import copy
+import re
 import time
 from functools import cache
 from pathlib import Path
@@ -13,6 +14,8 @@ from posttrain.config.schema import ToolOptions
 from posttrain.data.chat import ChatTokenizer, Rules
 from posttrain.data.provenance.messages import reasoning_end
 from posttrain.errors import InputError
+from posttrain.loops.answering import check_prompts_whole
+from posttrain.python_file import import_file
 from posttrain.records import Completion, Conversation, Segment
 from posttrain.rollout.calculator import calculator
 from posttrain.rollout.calls import Call
@@ -143,14 +146,14 @@ def plain_chat(tiny):
     return ChatTokenizer(tokenizer)
 
 
-def run(tools, *scripts, max_new_tokens=1000, max_length=None, messages=QUESTION):
+def run(tools, *scripts, max_new_tokens=1000, max_length=None, messages=QUESTION, advance=lambda done: None):
     """The completions, and the rollout that wrote them."""
     tools.take_counts()
     conversation = Conversation([*messages, {"role": "assistant", "content": "the reference"}])
     prompt_T = tools.chat.prompt_ids(tools.offered_in(conversation))
     requests = [Request(prompt_T, (7, n), max_new_tokens, first_position=5) for n in range(len(scripts))]
     rollout = Scripted(tools.chat.tokenizer, *scripts)
-    return converse(rollout, requests, [conversation] * len(scripts), Sampling(), tools, max_length), rollout
+    return converse(rollout, requests, [conversation] * len(scripts), Sampling(), tools, max_length, advance), rollout
 
 
 def decoded(tools, segment):
@@ -253,7 +256,7 @@ def test_a_template_that_rewrites_history_gives_earlier_completions(chat_of):
     tools.close()
     # the prompt ends with an empty thinking block, which the template leaves out of history
     assert [decoded(tools, piece.segments[0]) for piece in dropped.earlier] == [CALCULATE + "<|im_end|>"] * 2
-    assert all(piece.num_tokens and not piece.earlier and piece.stopped for piece in dropped.earlier)
+    assert all(piece.num_trained and not piece.earlier and piece.stopped for piece in dropped.earlier)
     final = chat.tokenizer.decode(dropped.prompt_ids_T)
     assert final.count(CALCULATE) == 2 and final.count("<think>") == 1 and shapes(dropped) == [True]
     assert spaced not in chat.tokenizer.decode(respaced.prompt_ids_T)
@@ -277,7 +280,10 @@ def test_a_template_that_moves_the_system_message_gives_earlier_completions(chat
 
 
 def test_trajectories_go_on_in_lock_step_and_end_alone(qwen):
-    completions, rollout = run(qwen, ["7"], [CALCULATE, "7"], [CALCULATE + "\n" + SEARCH % "x", CALCULATE, "8"])
+    heard = []
+    scripts = ["7"], [CALCULATE, "7"], [CALCULATE + "\n" + SEARCH % "x", CALCULATE, "8"]
+    completions, rollout = run(qwen, *scripts, advance=heard.append)
+    assert sum(heard) == 3 and heard.count(0) >= 4  # of every call, which may take its time
     assert [len(round_) for round_ in rollout.rounds] == [3, 2, 1]
     assert [completion.text for completion in completions] == ["7", "7", "8"]
     assert [shapes(completion) for completion in completions] == [
@@ -348,6 +354,19 @@ def test_limits_on_turns_and_tokens_end_a_trajectory_as_cut(qwen):
     (full,), rollout = run(qwen, calls, max_length=prompt + length + 10)
     assert shapes(full) == [True] and not full.stopped and len(rollout.rounds) == 1
     assert qwen.take_counts().cut == 1
+    _, rollout = run(qwen, ["so ..."], max_length=prompt + 10)  # of a first turn too
+    assert rollout.rounds[0][0].max_new_tokens == 10
+    (asked_in_vain,), rollout = run(qwen, [], max_length=prompt)
+    assert shapes(asked_in_vain) == [] and not asked_in_vain.stopped and not rollout.rounds
+    assert qwen.take_counts().cut == 1
+
+
+def test_prompts_that_offer_tools_are_not_cut():
+    for truncation in ("left", "right"):
+        with pytest.raises(InputError, match=f"data.truncation={truncation} cuts prompts"):
+            check_prompts_whole(ToolOptions(functions=["calculator"]), truncation)
+        check_prompts_whole(ToolOptions(), truncation)
+    check_prompts_whole(ToolOptions(functions=["calculator"]), "drop")
 
 
 def test_calls_are_read_where_a_model_means_them(qwen):
@@ -419,17 +438,29 @@ BAD_TOOLS = {
     "{file}:missing": "has no function 'missing'",
     "{file}:undocumented": "needs a docstring",
     "{file}:untyped": "a type for each",
-    "{broken}:f": "cannot be imported: ZeroDivisionError",
+    "{broken}:f": "cannot be imported: ZeroDivisionError: division by zero (line 1 of broken.py)",
 }
 
 
 def test_a_tool_that_cannot_be_used_is_refused_with_what_to_write(tools_file, tmp_path, plain_chat):
     (tmp_path / "broken.py").write_text("1 / 0")
     for named, said in BAD_TOOLS.items():
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match=re.escape(said)):
             Tools(ToolOptions(functions=[named.format(file=tools_file, broken=tmp_path / "broken.py")]), plain_chat)
     with pytest.raises(InputError, match="same name"):
         Tools(ToolOptions(functions=["calculator", "calculator"]), plain_chat)
+
+
+def test_files_of_one_name_are_two_and_a_broken_one_stays_broken(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.py").write_text(f"from beside_{folder} import x\ndef f():\n    return x\n")
+        (tmp_path / folder / f"beside_{folder}.py").write_text(f"x = {folder!r}")
+        assert import_file(str(tmp_path / folder / "mine.py"), "tools.functions").f() == folder
+    (tmp_path / "broken.py").write_text("raise SystemExit(0)")
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"reward.path: .*broken.py cannot be imported: SystemExit: 0 \(line 1"):
+            import_file(str(tmp_path / "broken.py"), "reward.path")
 
 
 SUMS = {

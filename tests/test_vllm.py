@@ -10,20 +10,24 @@ import threading
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-from posttrain.config.schema import VLLMOptions
-from posttrain.distributed.device import choose_device
+from posttrain.config.schema import Config, VLLMOptions
+from posttrain.distributed.device import Device, choose_device
 from posttrain.errors import InputError, RunError
+from posttrain.loops.rollout_engine import adapter_rank, hand_over, open_rollout
+from posttrain.models.lora import Adapters
 from posttrain.rollout import vllm
 from posttrain.rollout.noise import stream
 from posttrain.rollout.rollout import Request, Sampling
 from posttrain.rollout.vllm import VLLMRollout, write_model_folder
 from posttrain.rollout.vllm_server import Channel
+from tiny import alone, make_engine, tiny_lm
 
 TESTS = Path(__file__).parent
 FAKE = TESTS / "fake_vllm.py"
@@ -162,6 +166,28 @@ def test_a_server_is_told_its_options_and_is_nobodys_worker(pretender):
     }  # fmt: skip
     assert facts["environment"]["CUDA_VISIBLE_DEVICES"] == ""
     assert not {"RANK", "TORCHELASTIC_RUN_ID"} & facts["environment"].keys()
+
+
+def test_a_server_has_room_for_the_adapter_in_use(fake, tmp_path):
+    """Also for one that goes on from a folder, where model.lora_rank is 0."""
+    from peft import LoraConfig
+
+    config = Config(rollout={"name": "vllm"})
+    for adapter, rank in ((LoraConfig(r=16, rank_pattern={"q_proj": 24}), 24), (LoraConfig(r=4), 4), (None, 0)):
+        engine = SimpleNamespace(adapters=adapter and Adapters(adapter, "", ""))
+        lm = tiny_lm()
+        with open_rollout(config, lm, None, Numbers(), [3], alone(), tmp_path, adapter_rank(engine)) as rollout:
+            assert rollout.server.facts["settings"]["lora_rank"] == rank
+
+
+def test_the_trainers_unused_memory_is_free_when_the_server_takes_weights(monkeypatch):
+    order = []
+    monkeypatch.setattr(Device, "empty_cache", lambda device: order.append("emptied"))
+    engine = make_engine(tiny_lm())
+    weights = {}
+    hand_over(engine, SimpleNamespace(take=lambda given: order.append("took") or weights.update(given)))
+    assert order == ["emptied", "took"] and weights.keys() == engine.policy.lm.state_dict().keys()
+    assert engine.world.watchdog.place.phase == "handing over weights"
 
 
 def test_without_weights_there_is_no_answer(fake, tmp_path):

@@ -127,5 +127,12 @@ class Completion:
     earlier: tuple[Completion, ...] = ()
 
     @property
-    def num_tokens(self) -> int:
-        return sum(len(segment.ids_T) for segment in self.segments)
+    def pieces(self) -> tuple[Completion, ...]:
+        """The earlier ones and this last one."""
+        return (*self.earlier, self)
+
+    @property
+    def num_trained(self) -> int:
+        """Tokens that the model wrote, in all pieces."""
+        segments = (segment for piece in self.pieces for segment in piece.segments)
+        return sum(len(segment.ids_T) for segment in segments if segment.trained)

@@ -149,6 +149,12 @@ class Device:
         if reset:
             reset(self.torch_device)
 
+    def empty_cache(self) -> None:
+        """Give back the memory that torch keeps for later, where another process works on the device too."""
+        empty = getattr(self._module, "empty_cache", None) if self.type != HOST else None
+        if empty:
+            empty()
+
     def synchronize(self) -> None:
         """Wait for what was dispatched to this device."""
         if self.type != HOST:

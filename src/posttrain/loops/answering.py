@@ -62,7 +62,7 @@ class Answer:
             "ground_truth": self.ground_truth,
             "verdict": str(self.verdict),
             "reward": self.score.reward,
-            "num_tokens": self.completion.num_tokens,
+            "num_tokens": self.completion.num_trained,
             "cut": not self.completion.stopped,
         }
         if len(self.score.parts) > 1:
@@ -95,6 +95,15 @@ def read_problems(
         except RowError as error:
             report.drop(error.kind, f"{row.place}: {error}")
     return problems, report
+
+
+def check_prompts_whole(options: ToolOptions, truncation: str) -> None:
+    """Raise InputError where prompts that offer tools would be cut: what a model calls is told to the whole conversation."""
+    if options.functions and truncation not in ("error", "drop"):
+        raise InputError(
+            f"data.truncation={truncation} cuts prompts, and with tools.functions a prompt is rendered anew, whole, for each turn. "
+            "Choose data.truncation=drop or error."
+        )
 
 
 @contextmanager
@@ -164,7 +173,7 @@ def answered(problem: Problem, completion: Completion) -> Answered:
         problem.ground_truth,
         row.data_source,
         row.extra_info,
-        completion.num_tokens,
+        completion.num_trained,
         completion.stopped,
     )
 

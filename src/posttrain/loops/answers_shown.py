@@ -11,6 +11,7 @@ from posttrain.data.formats import prompt_of
 from posttrain.errors import RunError
 from posttrain.loops.experience import Experience
 from posttrain.losses.advantage import groups
+from posttrain.records import Completion
 from posttrain.run.folder import RunFolder
 from posttrain.run.progress import Display
 
@@ -42,26 +43,34 @@ def show_answers(found: Experience, step: int, display: Display, folder: RunFold
 
 def record(found: Experience, i: int) -> dict[str, Any]:
     """An answer as a line of samples/step-<N>.jsonl; `--completions` reads it."""
-    completion, score = found.completions[i], found.scores[i]
-    ids: list[int] = []
-    logprobs: list[float] = []
-    trained: list[int] = []
-    for segment in completion.segments:
-        ids += segment.ids_T.tolist()
-        trained += [int(segment.trained)] * len(segment.ids_T)
-        logprobs += [0.0] * len(segment.ids_T) if segment.logprobs_T is None else segment.logprobs_T.tolist()
-    known = all(segment.logprobs_T is not None for segment in completion.segments if segment.trained)
+    completion, score, problem = found.completions[i], found.scores[i], found.problems[i]
+    plain = not completion.earlier and np.array_equal(completion.prompt_ids_T, problem.prompt_ids_T)
+    known = all(s.logprobs_T is not None for piece in completion.pieces for s in piece.segments if s.trained)
+    written = [_written(piece, known) for piece in completion.pieces]
+    asked = [{"prompt_ids": piece.prompt_ids_T.tolist()} for piece in completion.pieces]
     reward = float(found.rewards_N[i])
     return {
         "row": int(found.prompts_N[i]),
-        "prompt": prompt_of(found.problems[i].conversation.messages),
+        "prompt": prompt_of(problem.conversation.messages),
         "text": completion.text,
         "reward": reward if reward == reward else None,
         "verdict": str(score.verdict),
         "parts": score.parts,
         **({"problem": score.problem} if score.problem else {}),
-        "ground_truth": found.problems[i].ground_truth,
+        "ground_truth": problem.ground_truth,
         "cut": not completion.stopped,
+        **(written[0] if plain else {"pieces": [a | w for a, w in zip(asked, written, strict=True)]}),
+    }
+
+
+def _written(piece: Completion, known: bool) -> dict[str, Any]:
+    """The ids, `known` log-probabilities with 0 for what a tool wrote, and who wrote what, unless the model wrote all."""
+    ids = [token for segment in piece.segments for token in segment.ids_T.tolist()]
+    trained = [int(segment.trained) for segment in piece.segments for _ in segment.ids_T]
+    logprobs: list[float] = []
+    for segment in piece.segments if known else ():
+        logprobs += [0.0] * len(segment.ids_T) if segment.logprobs_T is None else segment.logprobs_T.tolist()
+    return {
         "ids": ids,
         **({"logprobs": logprobs} if known else {}),
         **({"trained": trained} if not all(trained) else {}),

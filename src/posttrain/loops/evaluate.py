@@ -28,7 +28,7 @@ from posttrain.loops.answering import (
     read_problems,
     requests_for,
 )
-from posttrain.loops.rollout_engine import open_rollout
+from posttrain.loops.rollout_engine import give, open_rollout
 from posttrain.loops.training_data import chat_maker
 from posttrain.models.load import find_model, load_model
 from posttrain.rewards.accuracy import Accuracy
@@ -90,7 +90,8 @@ def _answers(
         logs = Path(config.trainer.default_local_dir) if config.rollout.name == "vllm" else Path()
         rollout = opened.enter_context(open_rollout(config, model, lambda: model, chat.tokenizer, [], world, logs))
         if options.name == "vllm":
-            rollout.take(model.state_dict().items())
+            watchdog.beat("handing over weights", patient=True)
+            give(iter(model.state_dict().items()), rollout.take, world)
         count = options.n or 1
         asked = [problem for problem in problems for _ in range(count)]
         requests = requests_for(problems, count, options.max_new_tokens, config.trainer.seed)

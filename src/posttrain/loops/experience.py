@@ -91,7 +91,7 @@ class Experience:
     def metrics(self) -> dict[str, float | None]:
         """What a person wants to know of them; means over answers, shares of groups."""
         known_N = self.rewards_N[~np.isnan(self.rewards_N)]
-        lengths_N = np.array([num_trained(completion) for completion in self.completions])
+        lengths_N = np.array([completion.num_trained for completion in self.completions])
         verdicts = [score.verdict for score in self.scores]
         judged = sum(verdict is not Verdict.UNKNOWN for verdict in verdicts)
         right = sum(verdict is Verdict.RIGHT for verdict in verdicts)
@@ -128,7 +128,7 @@ def experience(
     completions, scores = [completion for _, _, completion, _ in answers], [score for *_, score in answers]
     rewards_N = np.array([math.nan if score.reward is None else score.reward for score in scores], dtype=np.float64)
     if algorithm.overlong_buffer_tokens:
-        lengths_N = np.array([num_trained(completion) for completion in completions])
+        lengths_N = np.array([completion.num_trained for completion in completions])
         rewards_N -= overlong_penalty(
             lengths_N, max_new_tokens, algorithm.overlong_buffer_tokens, algorithm.overlong_penalty
         )
@@ -163,7 +163,7 @@ def plan_updates(
     updates = []
     for part in np.array_split(order, parts):
         numbers = [i for group in sorted(part) for i in members[group].tolist() if usable_N[i]]
-        lengths = np.array([num_trained(found.completions[i]) for i in numbers], dtype=np.int64)
+        lengths = np.array([found.completions[i].num_trained for i in numbers], dtype=np.int64)
         updates.append(Update(numbers, *token_weights(lengths, mode, constant_length)))
     return updates
 
@@ -171,7 +171,7 @@ def plan_updates(
 def samples_of(row: int, completion: Completion) -> list[Sample]:
     """What can be learnt from one answer: a sample for each of its pieces, trained where the model wrote."""
     samples = []
-    for piece in (*completion.earlier, completion):
+    for piece in completion.pieces:
         prompt_T = np.zeros(len(piece.prompt_ids_T), dtype=np.float32)
         own = [np.full(len(s.ids_T), s.trained, dtype=np.float32) for s in piece.segments]
         weights_T = np.concatenate([prompt_T, *own])
@@ -183,12 +183,6 @@ def samples_of(row: int, completion: Completion) -> list[Sample]:
         if weights_T[1:].any():
             samples.append(Sample(row, ids_T, weights_T, signals, len(piece.prompt_ids_T)))
     return samples
-
-
-def num_trained(completion: Completion) -> int:
-    """Tokens that the model wrote, in all pieces."""
-    pieces = (*completion.earlier, completion)
-    return sum(len(segment.ids_T) for piece in pieces for segment in piece.segments if segment.trained)
 
 
 def _mean(values: np.ndarray) -> float | None:

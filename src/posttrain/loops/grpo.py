@@ -19,7 +19,7 @@ from posttrain.loops.answers_shown import show_answers
 from posttrain.loops.given import read_completions
 from posttrain.loops.learner import Learner
 from posttrain.loops.prompts import describe_prompts, open_prompts, prompt_report, updates_of
-from posttrain.loops.rollout_engine import hand_over, open_rollout
+from posttrain.loops.rollout_engine import adapter_rank, hand_over, open_rollout
 from posttrain.loops.rollouts import Answering, answers_a_group
 from posttrain.loops.sft import write_gradients
 from posttrain.loops.training_data import chat_maker
@@ -65,7 +65,14 @@ def grpo(config: Config, resolved_yaml: str, gradients_to: str | None = None, co
         reference = build_reference(engine, config.model, config.engine, dtype) if config.algorithm.kl_coef else None
         make_model = partial(assemble, engine, dtype, device.torch_device)
         with open_rollout(
-            config, engine.policy.lm, make_model, chat.tokenizer, data.end_ids, world, run.folder.path
+            config,
+            engine.policy.lm,
+            make_model,
+            chat.tokenizer,
+            data.end_ids,
+            world,
+            run.folder.path,
+            adapter_rank(engine),
         ) as rollout:
             run.resume(engine)
             learner = Learner(config, engine, reference)

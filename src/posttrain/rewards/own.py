@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import inspect
 import math
-import sys
-import traceback
 from collections.abc import Callable
 from functools import partial
-from importlib.util import module_from_spec, spec_from_file_location
 from numbers import Number
 from pathlib import Path
 from typing import Any
 
 from posttrain.errors import InputError
+from posttrain.python_file import LONGEST_QUOTE, import_file, where
 from posttrain.rewards.verdict import Answered, Outcome, Reward, Verdict
 
 ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
-LONGEST_QUOTE = 300
 
 
 def check_file(path: str) -> None:
@@ -32,24 +29,16 @@ def check_file(path: str) -> None:
 def load_function(path: str, name: str, right_at: float) -> Reward:
     """The function as a reward. Raises InputError where the file does not import or has no such function."""
     file = str(Path(path).resolve())
-    function = getattr(_module(file), name, None)
+    module = import_file(file, "reward.path")
+    function = getattr(module, name, None)
     if not callable(function):
-        there = [key for key, value in vars(_module(file)).items() if inspect.isfunction(value)]
+        there = [key for key, value in vars(module).items() if inspect.isfunction(value)]
         raise InputError(
             f"reward.name={name}: {path} has no such function; it has {', '.join(there) or 'none'}. "
             "Name it in reward.name, or choose a built-in reward."
         )
     _check_arguments(function, f"reward.name={name} of {path}")
     return partial(_ask, function, right_at, file)
-
-
-def where(error: BaseException, file: str) -> str:
-    """What was raised, and the last line of the file that it passed through."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if frame.filename == file]
-    line = error.lineno if isinstance(error, SyntaxError) and error.filename == file else None
-    line = line or (own[-1].lineno if own else None)
-    return f"{type(error).__name__}: {error}"[:LONGEST_QUOTE] + (f" (line {line} of {Path(file).name})" if line else "")
 
 
 def outcome_of(value: Any, right_at: float) -> Outcome:
@@ -82,24 +71,6 @@ def _ask(function: Callable[..., Any], right_at: float, file: str, answer: Answe
         return outcome_of(value, right_at)
     except BaseException as error:  # sys.exit() of a reward is no reason to end a run
         return Outcome.unknown(f"it raised {where(error, file)}")
-
-
-def _module(file: str) -> Any:
-    """The file, imported once in this process."""
-    name = f"reward_file_{Path(file).stem}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = spec_from_file_location(name, file)
-    if spec is None or spec.loader is None:
-        raise InputError(f"reward.path={file}: expected a Python file, whose name ends in .py.")
-    module = module_from_spec(spec)
-    sys.modules[name] = module
-    sys.path.insert(0, str(Path(file).parent))
-    try:
-        spec.loader.exec_module(module)
-    except BaseException as error:
-        raise InputError(f"reward.path={file} cannot be imported: {where(error, file)}.") from None
-    return module
 
 
 def _check_arguments(function: Callable[..., Any], named: str) -> None:

@@ -7,11 +7,9 @@ ends it ends too, in the middle of a call if need be.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import queue
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import Any, TextIO
 
 from posttrain.config.schema import expand_path
 from posttrain.errors import InputError
+from posttrain.python_file import import_file
 from posttrain.rollout.calculator import calculator
 
 BUILT_IN: dict[str, Callable[..., Any]] = {"calculator": calculator}
@@ -39,26 +38,10 @@ def load_function(named: str) -> Callable[..., Any]:
         raise InputError(
             f"tools.functions: there is no file {file}. Write {named.replace(path, 'FILE.py')} with its path."
         )
-    function = getattr(_module(file), name, None)
+    function = getattr(import_file(str(file), "tools.functions"), name, None)
     if not callable(function):
         raise InputError(f"tools.functions: {file} has no function {name!r}.")
     return function
-
-
-def _module(file: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(f"posttrain_tools_{file.stem}", file)
-    if spec is None or spec.loader is None:
-        raise InputError(f"tools.functions: {file} is no Python file; its name must end in .py.")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and pickle look modules up
-    sys.path.insert(0, str(file.parent))  # files beside it can be imported, as where it is run by itself
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # the file is the user's and raises what it likes
-        raise InputError(f"tools.functions: {file} cannot be imported: {type(error).__name__}: {error}") from None
-    finally:
-        sys.path.remove(str(file.parent))
-    return module
 
 
 def main() -> None:

@@ -63,7 +63,7 @@ class ToolCounts:
     timed_out: int = 0
     refused: int = 0  # calls that cannot be read, or of a tool or with arguments that there are not
     cut_answers: int = 0  # tools' answers over tools.max_answer_tokens
-    cut: int = 0  # trajectories that a limit ended behind a call
+    cut: int = 0  # trajectories that a limit ended, but for answers that it cut
     rewritten: int = 0  # how often the template wrote the conversation so far in another way
     not_rendered: int = 0  # trajectories that ended because the template refuses what they hold
 

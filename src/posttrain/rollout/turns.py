@@ -60,7 +60,7 @@ class _Trajectory:
         self.segments += completion.segments
         self.text, self.stopped = completion.text, completion.stopped
         self.num_turns += 1
-        self.num_drawn += completion.num_tokens
+        self.num_drawn += completion.num_trained
 
 
 def converse(
@@ -77,17 +77,19 @@ def converse(
     `requests` ask `tools.offered_in(conversation)`, by ChatTokenizer.prompt_ids. Their `max_new_tokens` holds for what the
     model writes in all turns, `max_length` for a prompt with all that follows. An answer that a limit cuts off is not
     `stopped`. Tools' answers are segments that are not trained, without log-probabilities.
+    `advance` hears of answers that are done, and of each call with 0.
     """
     trajectories = [
         _Trajectory(request, _asked(tools.offered_in(conversation)), request.prompt_ids_T)
         for request, conversation in zip(requests, conversations, strict=True)
     ]
-    going = trajectories
+    going = [each for each in trajectories if _has_room(each, tools, max_length)]
+    advance(len(trajectories) - len(going))
     while going:
         completions = rollout.generate([_next_request(each, max_length) for each in going], sampling)
         for each, completion in zip(going, completions, strict=True):
             each.take(completion)
-        on = [each for each in going if _goes_on(each, tools, max_length)]
+        on = [each for each in going if _goes_on(each, tools, max_length, advance)]
         advance(len(going) - len(on))
         going = on
     tools.counts.trajectories += len(trajectories)
@@ -99,16 +101,27 @@ def _asked(conversation: Conversation) -> Conversation:
     return replace(conversation, messages=prompt_of(conversation.messages), weights=None)
 
 
+def _has_room(trajectory: _Trajectory, tools: Tools, max_length: int | None) -> bool:
+    """Whether a prompt leaves room for an answer; one that leaves none has an empty answer, which is cut."""
+    if max_length is None or len(trajectory.prompt_ids_T) < max_length:
+        return True
+    _cut(trajectory, tools)
+    return False
+
+
+def _cut(trajectory: _Trajectory, tools: Tools) -> None:
+    tools.counts.cut += 1
+    trajectory.stopped = False
+
+
 def _next_request(trajectory: _Trajectory, max_length: int | None) -> Request:
-    if not trajectory.num_turns:
-        return trajectory.request
     ids_T = trajectory.ids_T
     room = trajectory.num_left if max_length is None else min(trajectory.num_left, max_length - len(ids_T))
     position = trajectory.request.first_position + trajectory.num_drawn
     return Request(ids_T, trajectory.request.key, room, position)
 
 
-def _goes_on(trajectory: _Trajectory, tools: Tools, max_length: int | None) -> bool:
+def _goes_on(trajectory: _Trajectory, tools: Tools, max_length: int | None, advance: Callable[[int], None]) -> bool:
     """Whether the last turn calls tools and another may follow. If so they have run, and what they say is added."""
     if not trajectory.stopped:
         return False
@@ -117,10 +130,9 @@ def _goes_on(trajectory: _Trajectory, tools: Tools, max_length: int | None) -> b
     if not written.calls and not written.problem:
         return False
     if trajectory.num_turns >= tools.options.max_turns or trajectory.num_left < 1:
-        tools.counts.cut += 1
-        trajectory.stopped = False
+        _cut(trajectory, tools)
         return False
-    messages, answers = _answered(trajectory, written, own, tools)
+    messages, answers = _answered(trajectory, written, own, tools, advance)
     return _ask_again(trajectory, own + end, messages, answers, tools, max_length)
 
 
@@ -137,7 +149,7 @@ def _own_text(trajectory: _Trajectory, tools: Tools) -> tuple[str, str]:
 
 
 def _answered(
-    trajectory: _Trajectory, written: Written, own: str, tools: Tools
+    trajectory: _Trajectory, written: Written, own: str, tools: Tools, advance: Callable[[int], None]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The assistant's message in the forms that a template may keep as it was written, best first, and the tools' messages."""
     name = f"c{trajectory.num_turns:03d}" + "{:05d}"  # nine characters, which some templates ask for
@@ -147,7 +159,7 @@ def _answered(
         unread = Call("", {}, name.format(0))
         return [{"role": "assistant", "content": own}], [answer_message(unread, f"Error: {written.problem}")]
     calls = [replace(call, id=call.id or name.format(number)) for number, call in enumerate(written.calls)]
-    answers = [answer_message(call, _run(call, tools)) for call in calls]
+    answers = [answer_message(call, _run(call, tools, advance)) for call in calls]
     return list(_forms(written.text, calls)), answers
 
 
@@ -161,8 +173,9 @@ def _forms(text: str, calls: Sequence[Call]) -> Iterator[dict[str, Any]]:
         yield {**call_message(text[end:].strip(), calls), "reasoning_content": reasoning.strip()}
 
 
-def _run(call: Call, tools: Tools) -> str:
+def _run(call: Call, tools: Tools, advance: Callable[[int], None]) -> str:
     outcome, text = tools.call(call.name, call.arguments)
+    advance(0)
     kept = tools.chat.beginning(text, tools.options.max_answer_tokens)
     counts = tools.counts
     counts.calls += 1
@@ -202,8 +215,7 @@ def _ask_again(
     conversation, asked, added_T = found
     length = len(asked.ids_T) if added_T is None else len(trajectory.ids_T) + len(added_T)
     if max_length is not None and length >= max_length:
-        tools.counts.cut += 1
-        trajectory.stopped = False
+        _cut(trajectory, tools)
         return False
     trajectory.conversation, trajectory.asked = conversation, asked
     if added_T is not None:
