@@ -102,6 +102,17 @@ def test_accuracy_over_several_answers_counts_problems_not_answers():
     assert (odd.num_judged, odd.pass_at) == (3, {})
 
 
+@pytest.mark.parametrize("all_alike", [RIGHT, WRONG])
+def test_where_problems_do_not_differ_the_interval_is_wilsons_of_so_many_problems(all_alike):
+    told = Accuracy.of([*[all_alike] * 16, *[UNKNOWN] * 4], answers_a_problem=4)
+    of_four = Accuracy(4 if all_alike is RIGHT else 0, 4)
+    assert (told.low, told.high) == (of_four.low, of_four.high) and told.high - told.low == pytest.approx(
+        0.49, abs=0.01
+    )
+    alone = Accuracy.of([all_alike] * 4, answers_a_problem=4)
+    assert alone.high - alone.low > 0.7
+
+
 def test_a_difference_is_paired_by_problem():
     before, after = [RIGHT, WRONG, WRONG, UNKNOWN, WRONG], [RIGHT, RIGHT, WRONG, RIGHT, RIGHT]
     gain = Difference.of(before, after)

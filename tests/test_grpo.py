@@ -211,7 +211,10 @@ def test_everything_at_once(tiny, folder):
                 rollout__temperature=0.8, algorithm__policy_loss="cispo", algorithm__mask_truncated="true"),
         folder, size=2,
     )  # fmt: skip
-    assert "16 updates of the weights" in said and "the divergence from a copy of the model that the run begins with" in said
+    assert (
+        "16 updates of the weights" in said
+        and "the divergence from a copy of the model that the run begins with" in said
+    )
     rollout = records(folder / "all", "rollout")
     assert len(rollout) == 4 and all(math.isfinite(r["reward_mean"]) for r in rollout)
     assert 0 < rollout[-1]["kl"] < 3 and max(r["logprob_gap"] for r in rollout) < 1e-4
