@@ -156,6 +156,14 @@ def test_what_cannot_be_judged_is_said_before_a_model_answers(posttrain, tiny):
     refused(done, "no row can be used", "left out 2: pre-tokenized, such as", "rows.jsonl row 0")
 
 
+def test_validation_answers_that_cannot_be_judged_are_refused_before_training(posttrain):
+    rows = write_lines(posttrain.folder / "val.jsonl", [{"prompt": "3+4?", "response": "seven"}] * 2)
+    more = {"data__val_files": rows, "trainer__num_val_generations": 2, "trainer__val_before_train": "false"}
+    done = posttrain.sft("run", code=None, **more, reward__name="[format,gsm8k_strict]")
+    refused(done, f"None of the 2 rows of {rows} can be judged by reward.name=format, gsm8k_strict")
+    assert not (posttrain.folder / "run" / "metrics.jsonl").exists()
+
+
 def test_on_two_processes_there_is_one_message_and_no_hang(posttrain):
     done = posttrain.sft("run", code=None, data__train_files="absent.parquet", trainer__n_gpus_per_node=2)
     refused(done, "absent.parquet")

@@ -355,6 +355,9 @@ def test_rules_between_options_are_told():
     assert problem("optim.lr_warmup_steps=1", "optim.lr_warmup_steps_ratio=0.1") == (
         "optim: give optim.lr_warmup_steps or optim.lr_warmup_steps_ratio, not both."
     )
+    assert "trainer.best_metric=val_reward needs trainer.num_val_generations" in problem(
+        "trainer.best_metric=val_reward"
+    )
 
 
 def test_all_problems_are_told_at_once():

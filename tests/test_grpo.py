@@ -11,6 +11,9 @@ from safetensors.torch import load_file
 
 import forked
 from conftest import records
+from posttrain.config.compose import compose
+from posttrain.errors import InputError
+from posttrain.loops.grpo import check_options
 from tiny import worst_gap
 
 REWARD = '''
@@ -202,6 +205,12 @@ def test_wrong_options_are_said_before_a_model_is_loaded(tiny, folder, changes, 
     assert not list((folder / "wrong").glob("checkpoint-*"))
 
 
+def test_a_validation_loss_is_not_there_to_watch():
+    watching_loss = compose(["data.val_files=v.jsonl", "trainer.best_metric=val_loss"], "grpo").config
+    with pytest.raises(InputError, match="Choose val_accuracy or val_reward"):
+        check_options(watching_loss)
+
+
 def test_everything_at_once(tiny, folder):
     """Two updates a step twice over, filtering with refills, shaping, KL in the reward, dual clip: the numbers stay finite."""
     said = run(
@@ -226,7 +235,16 @@ def test_answers_without_a_known_reward_are_counted_and_not_learnt_from(tiny, fo
         "    if len(solution_str) % 2: raise ValueError('odd')\n    return float(len(solution_str))\n"
     )
     changes = {"reward__path": folder / "moody.py", "reward__name": "compute_score", "trainer__total_training_steps": 2}
-    run(options(tiny, folder, "moody", **changes), folder)
+    validation = {
+        "data__val_files": tiny / "test.parquet",
+        "trainer__num_val_generations": 16,
+        "rollout__val_temperature": 1.0,
+        "trainer__best_metric": "val_reward",
+    }
+    said = run(options(tiny, folder, "moody", **changes, **validation), folder)
+    val = records(folder / "moody", "val")
+    assert all(0 < r["val_unknown"] < 16 and r["val_reward"] > 1 for r in val)
+    assert f"validation: {val[0]['val_unknown']} of 16 answers could not be judged, such as: compute_score: " in said
     found = records(folder / "moody", "rollout")
     assert all(0 < r["rewards_unknown"] < 32 and r["reward_mean"] > 1 for r in found)
     (folder / "broken.py").write_text("def compute_score(**given):\n    return 'much'\n")
@@ -235,7 +253,10 @@ def test_answers_without_a_known_reward_are_counted_and_not_learnt_from(tiny, fo
         "reward__name": "compute_score",
         "trainer__total_training_steps": 2,
     }
-    before = run(options(tiny, folder, "broken", **changes), folder)
+    before = run(options(tiny, folder, "broken", **changes, **validation), folder)
+    assert "validation: none of the 16 answers could be judged; the first: compute_score: " in before
+    assert all(r["val_accuracy"] is None and r["val_unknown"] == 16 for r in records(folder / "broken", "val"))
+    assert "val_reward" not in records(folder / "broken", "val")[0] and "best so far" not in before
     assert [r["rewards_unknown"] for r in records(folder / "broken", "rollout")] == [32, 32], before
     sft, broken = (load_file(folder / name / "checkpoint-final" / "model.safetensors") for name in ("sft", "broken"))
     assert all(torch.equal(weight, broken[name]) for name, weight in sft.items())

@@ -462,8 +462,9 @@ class TrainerOptions(Section):
     test_freq: Frequency = "1ep"
     """Validate every so many steps (100) or epochs (1ep); -1 only at the end. Every validation row counts."""
     num_val_generations: NonNegativeInt = 0
-    """Validation rows answered by generation at each validation, for the accuracy; 0 for none."""
-    best_metric: Literal["val_loss", "val_accuracy"] = "val_loss"
+    """Validation rows answered by generation at each validation, for the accuracy; 0 for none, which in GRPO, that has no other
+    validation, is said by leaving out `data.val_files`."""
+    best_metric: Literal["val_loss", "val_accuracy", "val_reward"] = "val_loss"
     """What makes a checkpoint the best one, and what early stopping watches."""
     early_stopping_patience: PositiveInt | None = None
     """Stop after so many validations without a better `trainer.best_metric`. Not given: never."""
@@ -501,8 +502,11 @@ class TrainerOptions(Section):
 
     @model_validator(mode="after")
     def _accuracy_needs_answers(self) -> TrainerOptions:
-        if self.best_metric == "val_accuracy" and not self.num_val_generations:
-            raise ValueError("trainer.best_metric=val_accuracy needs trainer.num_val_generations, the rows to answer")
+        if self.best_metric != "val_loss" and not self.num_val_generations:
+            raise ValueError(
+                f"trainer.best_metric={self.best_metric} needs trainer.num_val_generations, the rows to answer; to validate "
+                "nothing, leave out data.val_files"
+            )
         return self
 
 

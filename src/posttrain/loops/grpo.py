@@ -13,7 +13,7 @@ from posttrain.engine.build import build_engine, build_reference, kept_dtype
 from posttrain.engine.engine import Engine
 from posttrain.engine.export import assemble
 from posttrain.errors import InputError
-from posttrain.loops.answering import Answerer, check_judged, open_tools
+from posttrain.loops.answering import LOOKED_AT, Answerer, check_judged, open_tools
 from posttrain.loops.answers_shown import show_answers
 from posttrain.loops.given import read_completions
 from posttrain.loops.learner import Learner
@@ -26,8 +26,6 @@ from posttrain.loops.training_run import TrainingRun
 from posttrain.loops.validation import accuracy_of
 from posttrain.rewards.score import open_scorer
 from posttrain.run.progress import Display
-
-LOOKED_AT = 256  # prompts that are tried for a ground truth before a model is loaded
 
 
 def grpo(config: Config, resolved_yaml: str, gradients_to: str | None = None, completions: str | None = None) -> None:
@@ -84,7 +82,7 @@ def train(run: TrainingRun, learner: Learner, answering: Answering) -> None:
     engine, data, trainer = learner.engine, answering.data, run.config.trainer
     rollout = answering.answerer.rollout
     if run.step == 0 and trainer.val_before_train:
-        run.judge(engine, validate(engine, answering))
+        run.judge(engine, validate(engine, answering, run.display))
     run.begin()
     while run.step < data.schedule.num_steps and not run.stopping:
         hand_over(engine, rollout)
@@ -96,19 +94,19 @@ def train(run: TrainingRun, learner: Learner, answering: Answering) -> None:
         if run.due(trainer.sample_freq):
             run.world.on_main(partial(show_answers, found, run.step, run.display, run.folder))
         if run.due(trainer.test_freq):
-            run.judge(engine, validate(engine, answering))
+            run.judge(engine, validate(engine, answering, run.display))
         if run.due(trainer.save_freq):
             run.save(engine)
 
 
-def validate(engine: Engine, answering: Answering) -> dict[str, float]:
+def validate(engine: Engine, answering: Answering, display: Display) -> dict[str, float]:
     """Accuracy on the validation problems; empty without any."""
     data, config = answering.data, answering.config
     if not data.val:
         return {}
     hand_over(engine, answering.answerer.rollout)
     return accuracy_of(
-        data.val, answering.answerer, answering.scorer, engine.world, config.rollout, config.trainer.seed
+        data.val, answering.answerer, answering.scorer, engine.world, config.rollout, config.trainer.seed, display.say
     )
 
 
@@ -123,6 +121,11 @@ def check_options(config: Config) -> None:
     if rollout.temperature == 0:
         raise InputError(
             "rollout.temperature=0 gives the same answer again and again, so that no group has anything to learn from. 1 is usual."
+        )
+    if data.val_files and config.trainer.best_metric == "val_loss":
+        raise InputError(
+            "trainer.best_metric=val_loss: there is no validation loss without given answers. Choose val_accuracy or val_reward, with "
+            "trainer.num_val_generations, or leave out data.val_files to validate nothing."
         )
     if algorithm.overlong_buffer_tokens > rollout.max_new_tokens:
         raise InputError(
