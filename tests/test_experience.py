@@ -5,9 +5,12 @@ import math
 import numpy as np
 import pytest
 
-from posttrain.config.schema import AlgorithmOptions
+from posttrain.config.schema import AlgorithmOptions, DataOptions
+from posttrain.data.tokenized import Report
+from posttrain.errors import InputError
 from posttrain.loops.answering import Problem
 from posttrain.loops.experience import experience, num_trained, overlong_penalty, plan_updates, samples_of
+from posttrain.loops.prompts import _within
 from posttrain.records import Completion, Conversation, Segment
 from posttrain.rewards.accuracy import Accuracy, Difference, pass_at_k
 from posttrain.rewards.score import Score
@@ -84,6 +87,17 @@ def test_first_groups_keep_whole_groups_in_their_order():
     assert answers.first_groups(2).prompts_N.tolist() == [4, 9, 4, 9]
     assert answers.taken(answers.signal_N).prompts_N.tolist() == [2, 2]
     assert len(answers.taken(np.zeros(6, dtype=bool)).first_groups(3)) == 0
+
+
+def test_a_prompt_that_is_too_long_is_told_with_the_option_that_decides():
+    problem = Problem(Conversation([{"role": "user", "content": "q"}]), np.zeros(9, np.int32), "rows.jsonl row 3")
+    limits = {
+        "data.max_length - 1 = 8": DataOptions(max_length=9),
+        "data.max_prompt_length = 8": DataOptions(max_prompt_length=8),
+    }
+    for said, data in limits.items():
+        with pytest.raises(InputError, match=f"row 3 has 9 tokens, more than {said}"):
+            _within([problem], Report(), 8, data, "data.train_files")
 
 
 def test_pass_at_k_by_hand():

@@ -191,7 +191,7 @@ def test_gradients_of_given_answers_do_not_depend_on_the_layout(finished, tiny, 
     [
         ({"rollout__n": 1}, "a group of one has none"),
         ({"rollout__temperature": 0}, "the same answer again and again"),
-        ({"data__max_prompt_length": 5}, "more than data.max_prompt_length=5"),
+        ({"data__max_prompt_length": 5}, "more than data.max_prompt_length = 5"),
         ({"algorithm__ppo_mini_batch_size": 9}, "both count prompts"),
         ({"algorithm__overlong_buffer_tokens": 13}, "the whole answer"),
         ({"data__max_tokens_per_gpu": 11}, "does not hold a prompt and an answer"),
