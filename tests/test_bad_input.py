@@ -30,7 +30,10 @@ def test_bad_options_are_refused_before_anything_heavy_is_imported(posttrain):
     refused(posttrain("sft", "optim.lr=fast", code=None), "optim.lr", "fast")
     refused(posttrain("sft", "data.train_files=[a", code=None), "data.train_files=[a")
     refused(posttrain("sft", "nothing.yaml", code=None), "nothing.yaml")
-    refused(posttrain("sft", code=None), "model.path=", "data.train_files=")
+    refused(posttrain("sft", code=None), "model.path=", "data.train_files=", "`posttrain sft --help`")
+    refused(posttrain("grpo", code=None), "model.path=", "`posttrain grpo --help`")
+    alike = ("evaluate", "rollout.n=4", "--test_file", "test.parquet")
+    refused(posttrain(*alike, code=None), "the same answer 4 times; give rollout.temperature")
     refused(
         posttrain("sft", "data.chat_template_kwargs={tools: []}", code=None), "data.chat_template_kwargs", "sets tools"
     )
@@ -144,6 +147,16 @@ def test_notes_on_rows_are_counted_and_said_with_the_first_place(posttrain):
         assert f"no effect in this run: {option}: the chat template never reads it" in done.stdout
 
 
+def test_evaluate_says_what_of_the_command_line_has_no_effect(posttrain, tiny):
+    (posttrain.folder / "saved.yaml").write_text("trainer: {num_val_generations: 8}\n")
+    given = ("saved.yaml", "rollout.val_n=2", "data.val_split=test")
+    done = posttrain(
+        "evaluate", *given, "--model", tiny / "model", "--test_file", "org/set", code=None, HF_HUB_OFFLINE="1"
+    )
+    assert "no effect in this run: rollout.val_n: it is for validation during training" in done.stderr
+    assert done.stderr.count("no effect") == 1  # the split is the one of --test_file
+
+
 def test_what_cannot_be_judged_is_said_before_a_model_answers(posttrain, tiny):
     parts = {"messages": [{"role": "user", "content": "3+4?"},
                           {"role": "assistant", "content": [{"type": "text", "text": "seven"}]}]}  # fmt: skip
@@ -154,6 +167,14 @@ def test_what_cannot_be_judged_is_said_before_a_model_answers(posttrain, tiny):
     write_lines(rows, [{"input_ids": [1, 2], "labels": [1, 2]}] * 2)
     done = posttrain("generate", "--model", tiny / "model", "--prompts", rows, code=None)
     refused(done, "no row can be used", "left out 2: pre-tokenized, such as", "rows.jsonl row 0")
+
+
+def test_validation_answers_that_cannot_be_judged_are_refused_before_training(posttrain):
+    rows = write_lines(posttrain.folder / "val.jsonl", [{"prompt": "3+4?", "response": "seven"}] * 2)
+    more = {"data__val_files": rows, "trainer__num_val_generations": 2, "trainer__val_before_train": "false"}
+    done = posttrain.sft("run", code=None, **more, reward__name="[format,gsm8k_strict]")
+    refused(done, f"None of the 2 rows of {rows} can be judged by reward.name=format, gsm8k_strict")
+    assert not (posttrain.folder / "run" / "metrics.jsonl").exists()
 
 
 def test_on_two_processes_there_is_one_message_and_no_hang(posttrain):

@@ -355,6 +355,9 @@ def test_rules_between_options_are_told():
     assert problem("optim.lr_warmup_steps=1", "optim.lr_warmup_steps_ratio=0.1") == (
         "optim: give optim.lr_warmup_steps or optim.lr_warmup_steps_ratio, not both."
     )
+    assert "trainer.best_metric=val_reward needs trainer.num_val_generations" in problem(
+        "trainer.best_metric=val_reward"
+    )
 
 
 def test_all_problems_are_told_at_once():
@@ -410,6 +413,8 @@ def test_all_problems_are_told_at_once():
         (["engine.fsdp_size=1"], "engine.fsdp_size"),
         (["engine.reshard_after_forward=false", "trainer.n_gpus_per_node=1"], "engine.reshard_after_forward"),
         (["tools.max_turns=2"], "tools.max_turns"),
+        (["data.val_files=v.jsonl", "rollout.val_n=4"], "rollout.val_n"),
+        (["data.val_files=v.jsonl", "rollout.val_temperature=1"], "rollout.val_temperature"),
     ],
 )
 def test_chosen_option_without_effect_is_told(arguments: list[str], key: str):
@@ -434,6 +439,44 @@ def test_chosen_option_without_effect_is_told(arguments: list[str], key: str):
 )
 def test_option_with_effect_is_not_told(arguments: list[str]):
     assert ignored(*arguments) == set()
+
+
+VALIDATED = ["data.val_files=v.jsonl", "trainer.num_val_generations=8"]
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "expected"),
+    [
+        ("grpo", ["rollout.top_p=0.9", "rollout.top_k=5"], set()),
+        ("grpo", ["rollout.top_p=0.9", "rollout.temperature=0"], {"rollout.top_p"}),
+        ("sft", ["rollout.top_p=0.9", *VALIDATED], {"rollout.top_p"}),
+        ("sft", ["rollout.top_p=0.9", "rollout.val_temperature=1", "rollout.val_n=2", *VALIDATED], set()),
+        ("grpo", ["rollout.val_n=2", *VALIDATED], {"rollout.val_n"}),
+        ("sft", ["rollout.val_n=2", "data.val_files=v.jsonl"], {"rollout.val_n"}),
+        (
+            "grpo",
+            ["rollout.val_n=2", "rollout.val_temperature=1"],
+            {"rollout.val_n", "rollout.val_temperature"},
+        ),
+        ("grpo", ["data.truncation=drop"], {"data.truncation"}),
+        ("grpo", ["data.truncation=drop", "tools.functions=[calculator]"], set()),
+        (
+            "grpo",
+            ["algorithm.clip_ratio_low=0.1", "algorithm.dual_clip=3"],
+            {"algorithm.clip_ratio_low", "algorithm.dual_clip"},
+        ),
+        ("grpo", ["algorithm.clip_ratio_high=0.3", "algorithm.ppo_mini_batch_size=64"], {"algorithm.clip_ratio_high"}),
+        ("grpo", ["algorithm.policy_loss=cispo", "algorithm.clip_ratio_high=5"], {"algorithm.clip_ratio_high"}),
+        ("grpo", ["algorithm.clip_ratio_high=0.3", "algorithm.ppo_mini_batch_size=63"], set()),
+        ("grpo", ["algorithm.policy_loss=gspo", "algorithm.clip_ratio_high=4e-4", "algorithm.ppo_epochs=2"], set()),
+        ("grpo", ["model.lora_rank=4", "model.lora_dropout=0.1"], {"model.lora_dropout"}),
+        ("sft", ["model.lora_rank=4", "model.lora_dropout=0.1"], set()),
+    ],
+    ids=str,
+)
+def test_what_has_no_effect_depends_on_the_command(command: str, arguments: list[str], expected: set[str]):
+    found = [note["key"] for note in compose(arguments, command).ignored]
+    assert sorted(found) == sorted(expected)
 
 
 def test_names_of_other_systems_are_translated_and_told():
@@ -508,12 +551,14 @@ def test_table_holds_every_option_with_its_origin():
 
 
 def test_help_holds_every_option_with_type_default_and_sentence():
-    text = shown_text(describe_options())
+    text = shown_text(describe_options(Config()))
     for option, field in options().items():
         assert f"  {option} = " in text
         assert " ".join((field.description or "").split())[:60] in text
     assert "data.truncation = error  error | drop | left | right" in text
     assert "data.train_files = []  list of text" in text
+    of_grpo = shown_text(describe_options(compose([], "grpo").config))
+    assert "optim.lr = 1e-06" in of_grpo and "trainer.best_metric = val_accuracy" in of_grpo
 
 
 @pytest.mark.parametrize(

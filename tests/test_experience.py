@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from posttrain.config.schema import AlgorithmOptions
+from posttrain.config.schema import AlgorithmOptions, DataOptions
 from posttrain.data.batches import plan_steps
 from posttrain.data.chat import ChatTokenizer
 from posttrain.data.tokenized import Report
@@ -15,7 +15,7 @@ from posttrain.loops.answering import Answer, Problem, answered
 from posttrain.loops.answers_shown import record
 from posttrain.loops.experience import experience, overlong_penalty, plan_updates, samples_of
 from posttrain.loops.given import read_completions
-from posttrain.loops.prompts import PromptData
+from posttrain.loops.prompts import PromptData, _within
 from posttrain.records import Completion, Conversation, Segment
 from posttrain.rewards.accuracy import Accuracy, Difference, pass_at_k
 from posttrain.rewards.score import Score
@@ -165,6 +165,17 @@ def test_first_groups_keep_whole_groups_in_their_order():
     assert len(answers.taken(np.zeros(6, dtype=bool)).first_groups(3)) == 0
 
 
+def test_a_prompt_that_is_too_long_is_told_with_the_option_that_decides():
+    problem = Problem(Conversation([{"role": "user", "content": "q"}]), np.zeros(9, np.int32), "rows.jsonl row 3")
+    limits = {
+        "data.max_length - 1 = 8": DataOptions(max_length=9),
+        "data.max_prompt_length = 8": DataOptions(max_prompt_length=8),
+    }
+    for said, data in limits.items():
+        with pytest.raises(InputError, match=f"row 3 has 9 tokens, more than {said}"):
+            _within([problem], Report(), 8, data, "data.train_files")
+
+
 def test_pass_at_k_by_hand():
     assert pass_at_k(1, 4, 1) == 0.25
     assert pass_at_k(1, 4, 2) == 0.5  # of 6 pairs 3 hold the right one
@@ -179,6 +190,17 @@ def test_accuracy_over_several_answers_counts_problems_not_answers():
     assert (told.low, told.high) == (0, pytest.approx(min(0.5 + half, 1)))
     odd = Accuracy.of([RIGHT, WRONG, WRONG, UNKNOWN], answers_a_problem=2)
     assert (odd.num_judged, odd.pass_at) == (3, {})
+
+
+@pytest.mark.parametrize("all_alike", [RIGHT, WRONG])
+def test_where_problems_do_not_differ_the_interval_is_wilsons_of_so_many_problems(all_alike):
+    told = Accuracy.of([*[all_alike] * 16, *[UNKNOWN] * 4], answers_a_problem=4)
+    of_four = Accuracy(4 if all_alike is RIGHT else 0, 4)
+    assert (told.low, told.high) == (of_four.low, of_four.high) and told.high - told.low == pytest.approx(
+        0.49, abs=0.01
+    )
+    alone = Accuracy.of([all_alike] * 4, answers_a_problem=4)
+    assert alone.high - alone.low > 0.7
 
 
 def test_a_difference_is_paired_by_problem():

@@ -11,7 +11,9 @@ from safetensors.torch import load_file
 
 import forked
 from conftest import records
-from posttrain.errors import RunError
+from posttrain.config.checks import check_grpo
+from posttrain.config.compose import compose
+from posttrain.errors import InputError, RunError
 from tiny import worst_gap
 
 REWARD = '''
@@ -216,19 +218,24 @@ def test_gradients_of_given_answers_do_not_depend_on_the_layout(finished, tiny, 
     [
         ({"rollout__n": 1}, "a group of one has none"),
         ({"rollout__temperature": 0}, "the same answer again and again"),
-        ({"data__max_prompt_length": 5}, "more than data.max_prompt_length=5"),
+        ({"data__max_prompt_length": 5}, "more than data.max_prompt_length = 5"),
         ({"algorithm__ppo_mini_batch_size": 9}, "both count prompts"),
         ({"algorithm__overlong_buffer_tokens": 13}, "the whole answer"),
         ({"data__max_tokens_per_gpu": 11}, "does not hold the longest prompt"),
         ({"data__max_prompt_length": 5, "data__truncation": "drop"}, "no row can be asked"),
         ({"reward__name": "share_of_digit"}, "share_of_digits"),
-        ({"trainer__best_metric": "val_loss", "trainer__num_val_generations": 4}, "no validation loss"),
     ],
     ids=str,
 )
 def test_wrong_options_are_said_before_a_model_is_loaded(tiny, folder, changes, said):
     assert said in run(options(tiny, folder, "wrong", **changes), folder, code=2)
     assert not list((folder / "wrong").glob("checkpoint-*"))
+
+
+def test_a_validation_loss_is_not_there_to_watch():
+    watching_loss = compose(["data.val_files=v.jsonl", "trainer.best_metric=val_loss"], "grpo").config
+    with pytest.raises(InputError, match="Choose val_accuracy or val_reward"):
+        check_grpo(watching_loss)
 
 
 def test_everything_at_once(tiny, folder):
@@ -255,7 +262,16 @@ def test_answers_without_a_known_reward_are_counted_and_not_learnt_from(tiny, fo
         "    if len(solution_str) % 2: raise ValueError('odd')\n    return float(len(solution_str))\n"
     )
     changes = {"reward__path": folder / "moody.py", "reward__name": "compute_score", "trainer__total_training_steps": 2}
-    run(options(tiny, folder, "moody", **changes), folder)
+    validation = {
+        "data__val_files": tiny / "test.parquet",
+        "trainer__num_val_generations": 16,
+        "rollout__val_temperature": 1.0,
+        "trainer__best_metric": "val_reward",
+    }
+    said = run(options(tiny, folder, "moody", **changes, **validation), folder)
+    val = records(folder / "moody", "val")
+    assert all(0 < r["val_unknown"] < 16 and r["val_reward"] > 1 for r in val)
+    assert f"validation: {val[0]['val_unknown']} of 16 answers could not be judged, such as: compute_score: " in said
     found = records(folder / "moody", "rollout")
     assert all(0 < r["rewards_unknown"] < 32 and r["reward_mean"] > 1 for r in found)
     (folder / "broken.py").write_text("def compute_score(**given):\n    return 'much'\n")
@@ -264,7 +280,9 @@ def test_answers_without_a_known_reward_are_counted_and_not_learnt_from(tiny, fo
         "reward__name": "compute_score",
         "trainer__total_training_steps": 2,
     }
-    said = run(options(tiny, folder, "broken", **changes), folder, code=3)
+    said = run(options(tiny, folder, "broken", **changes, **validation), folder, code=3)
+    assert "validation: none of the 16 answers could be judged; the first: compute_score: " in said
+    assert all(r["val_accuracy"] is None and r["val_unknown"] == 16 for r in records(folder / "broken", "val"))
     assert "step 1: 32 of 32 answers could not be judged" in said and "much" in said
 
 

@@ -61,11 +61,11 @@ def sft(
         _print_help(context)
         return
     given = {"model.path": model, "data.train_files": data_path, "trainer.default_local_dir": output_dir}
-    resolved = resolve(options, given, model if eval_only else None, None if eval_only else "sft")
+    resolved = resolve(options, given, model if eval_only else None, "sft")
     if print_config:
         _print_config(resolved, as_json)
         return
-    check_needed(resolved, needs_val=eval_only)
+    check_needed(resolved, "sft", needs_val=eval_only)
     if hand_to_processes(resolved):
         return
     if not eval_only:
@@ -110,7 +110,7 @@ def grpo(
     if print_config:
         _print_config(resolved, as_json)
         return
-    check_needed(resolved, needs_val=False)
+    check_needed(resolved, "grpo", needs_val=False)
     if hand_to_processes(resolved):
         return
     say_ignored(resolved)
@@ -130,13 +130,18 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable output.")] = False,
 ) -> None:
     """Answer problems and print the accuracy with its 95% interval."""
-    resolved = resolve(options, {"model.path": model}, model)
-    files = test_file or resolved.config.data.val_files
+    given = [f"data.val_files={test_file!r}"] if test_file else []
+    resolved = resolve([*(options or []), *given], {"model.path": model}, model)
+    files, rollout = resolved.config.data.val_files, resolved.config.rollout
     if not files:
         raise InputError("Which problems? Give --test_file test.parquet.")
+    if (rollout.n or 1) > 1 and not rollout.temperature:
+        raise InputError(
+            f"rollout.n={rollout.n} at temperature 0 is the same answer {rollout.n} times; give rollout.temperature, such as 1."
+        )
     if hand_to_processes(resolved):
         return
-    say_ignored(resolved, "reward.")
+    say_ignored(resolved, given_here=True)
     output = output or home_of(resolved) / "evaluation.jsonl"
     from posttrain.loops.evaluate import evaluate as run
 
@@ -283,10 +288,11 @@ def _tell_launcher(error: Exception) -> bool:
 def _print_help(context: typer.Context) -> None:
     from rich.console import Console
 
+    from posttrain.config.compose import compose
     from posttrain.config.describe import describe_options
 
     print(context.get_help())
-    Console(highlight=False).print(describe_options())
+    Console(highlight=False).print(describe_options(compose([], context.info_name).config))
 
 
 def _print_config(resolved: Resolved, as_json: bool) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from posttrain.config.arguments import COMMAND_LINE
 from posttrain.errors import InputError
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def dated(resolved: Resolved) -> Resolved:
     return replace(resolved, config=config.model_copy(update={"data": data}))
 
 
-def check_needed(resolved: Resolved, needs_val: bool) -> None:
+def check_needed(resolved: Resolved, command: str, needs_val: bool) -> None:
     """Raise InputError where something that a run needs is not named, or is not there."""
     from posttrain.data.sources import find_sources
     from posttrain.models.load import find_model
@@ -87,7 +88,7 @@ def check_needed(resolved: Resolved, needs_val: bool) -> None:
     ]
     if missing:
         raise InputError(
-            f"Missing: {', '.join(f'{option}=...' for option in missing)}. `posttrain sft --help` explains each."
+            f"Missing: {', '.join(f'{option}=...' for option in missing)}. `posttrain {command} --help` explains each."
         )
     find_model(config.model.path)
     find_sources(config.data.train_files, "data.train_files")
@@ -121,10 +122,10 @@ def home_of(resolved: Resolved) -> Path:
     return find_run(resolved.config.model.path or "") or Path()
 
 
-def say_ignored(resolved: Resolved, section: str = "") -> None:
-    """Say which options have no effect: all, or those of a section, where a command reads the config of another."""
-    if is_main():
-        for ignored in [ignored for ignored in resolved.ignored if ignored["key"].startswith(section)]:
+def say_ignored(resolved: Resolved, given_here: bool = False) -> None:
+    """Say which options have no effect: all, or those given on the command line, where the rest may be a run's that is read."""
+    for ignored in resolved.ignored if is_main() else []:
+        if not given_here or resolved.origins[ignored["key"]] == COMMAND_LINE:
             print(f"no effect in this run: {ignored['key']}: {ignored['reason']}", file=sys.stderr)
 
 

@@ -28,8 +28,8 @@ def check_grpo(config: Config) -> None:
             f"algorithm.ppo_mini_batch_size={algorithm.ppo_mini_batch_size} is more than data.train_batch_size={data.train_batch_size}; "
             "both count prompts."
         )
-    if config.trainer.best_metric == "val_loss":
+    if data.val_files and config.trainer.best_metric == "val_loss":
         raise InputError(
-            "trainer.best_metric=val_loss: reinforcement learning has no validation loss, since no answers are given. Choose "
-            "val_accuracy."
+            "trainer.best_metric=val_loss: there is no validation loss without given answers. Choose val_accuracy or val_reward, with "
+            "trainer.num_val_generations, or leave out data.val_files to validate nothing."
         )

@@ -80,8 +80,8 @@ def shown(value: Any) -> str:
             return str(value) or "''"
 
 
-def describe_options() -> RenderableType:
-    """Every option with its type, default and sentence, under its section."""
+def describe_options(defaults: Config) -> RenderableType:
+    """Every option with its type, its value in `defaults` and its sentence, under its section."""
     from rich.console import Group
     from rich.padding import Padding
     from rich.text import Text
@@ -90,7 +90,7 @@ def describe_options() -> RenderableType:
     for name, section in sections().items():
         lines.append(Text.assemble("\n", (name, "bold"), f"  {section.__doc__}"))
         for option, field in section.model_fields.items():
-            default = shown(default_of(f"{name}.{option}"))
+            default = shown(getattr(getattr(defaults, name), option))
             kind = type_name(field.annotation, tuple(field.metadata))
             lines.append(Text.assemble((f"  {name}.{option}", "cyan"), f" = {default}  ", (kind, "dim")))
             lines.append(Padding(Text(" ".join((field.description or "").split())), (0, 0, 0, 6)))

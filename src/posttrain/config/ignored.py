@@ -20,7 +20,7 @@ from posttrain.config.schema import (
 
 
 def options_without_effect(config: Config, origins: dict[str, str], command: str | None = None) -> list[dict[str, str]]:
-    """{key, reason} of each in the command, sft or grpo. A default written out in a file, as in a
+    """{key, reason} of each in the command, sft, grpo or, None, one that trains nothing. A default written out in a file, as in a
     run's own config.yaml, is nobody's choice."""
 
     def was_chosen(key: str) -> bool:
@@ -45,7 +45,8 @@ def _without_effect(config: Config, command: str | None) -> Iterator[tuple[str, 
     yield from _of_adapters(config)
     yield from _of_layout(config)
     yield from _of_optim(config)
-    yield from _of_validation(config)
+    yield from _of_sampling(config, command)
+    yield from _of_validation(config, command)
     yield from _of_rewards(config.reward)
     yield from _of_tools(config)
     yield from _of_rollout(config)
@@ -80,8 +81,27 @@ def _of_answers(config: Config) -> Iterator[tuple[str, str]]:
         yield "algorithm.max_num_gen_batches", "algorithm.filter_groups is false"
     if algorithm.policy_loss == "cispo":
         yield "algorithm.dual_clip", "algorithm.policy_loss=cispo has none"
-    if config.data.max_prompt_length is None:
+    if _makes_one_update(config):
+        clips = ("clip_ratio_low", "clip_ratio_high", "dual_clip")
+        for option in clips[:2] if algorithm.policy_loss == "cispo" else clips:
+            yield (
+                f"algorithm.{option}",
+                "a step makes one update, by the policy that answered: every ratio is 1; algorithm.ppo_mini_batch_size or ppo_epochs "
+                "would make more",
+            )
+    if config.data.max_prompt_length is None and not config.tools.functions:
         yield "data.truncation", "data.max_prompt_length is not given, so that no prompt is too long"
+    if config.model.lora_rank and not config.model.lora_adapter_path:
+        yield (
+            "model.lora_dropout",
+            "learning from one's own answers drops nothing, so that the policy is the one that answered",
+        )
+
+
+def _makes_one_update(config: Config) -> bool:
+    algorithm = config.algorithm
+    prompts = algorithm.ppo_mini_batch_size or config.data.train_batch_size
+    return algorithm.ppo_epochs == 1 and prompts >= config.data.train_batch_size
 
 
 def _of_layout(config: Config) -> Iterator[tuple[str, str]]:
@@ -150,14 +170,34 @@ def _of_optim(config: Config) -> Iterator[tuple[str, str]]:
         yield "optim.min_lr_ratio", "a constant rate never falls to its floor"
 
 
-def _of_validation(config: Config) -> Iterator[tuple[str, str]]:
-    if not config.rollout.temperature and not config.rollout.val_temperature:
+def _of_sampling(config: Config, command: str | None) -> Iterator[tuple[str, str]]:
+    rollout = config.rollout
+    drawn = 1.0 if command == "grpo" and rollout.temperature is None else rollout.temperature
+    used = {"rollout.temperature": drawn} if command != "sft" else {}
+    if command is not None:
+        used["rollout.val_temperature"] = rollout.val_temperature
+    if not any(used.values()):
+        names = " and ".join(used)
         for option in ("top_p", "top_k"):
-            yield f"rollout.{option}", "at rollout.temperature=0 the likeliest token is always taken"
-    if not config.data.val_files:
-        watching = ("test_freq", "val_before_train", "num_val_generations", "best_metric", "early_stopping_patience")
-        for option in watching:
-            yield f"trainer.{option}", "there is nothing to validate on without data.val_files"
+            yield f"rollout.{option}", f"at {names} 0 the likeliest token is always taken"
+
+
+def _of_validation(config: Config, command: str | None) -> Iterator[tuple[str, str]]:
+    reason = None if config.data.val_files else "there is nothing to validate on without data.val_files"
+    if reason:
+        for option in ("test_freq", "val_before_train", "best_metric", "early_stopping_patience"):
+            yield f"trainer.{option}", reason
+    if command is None:
+        reason = "it is for validation during training"
+    answering = ("rollout.val_n", "rollout.val_temperature", "trainer.num_val_generations")
+    if reason:
+        for name in answering:
+            yield name, reason
+    elif not config.trainer.num_val_generations:
+        for name in answering[:2]:
+            yield name, "trainer.num_val_generations is 0, so that validation generates no answers"
+    elif config.rollout.val_n > 1 and not config.rollout.val_temperature:
+        yield "rollout.val_n", "at rollout.val_temperature=0 it is the same answer each time"
 
 
 def _of_rewards(reward: RewardOptions) -> Iterator[tuple[str, str]]:

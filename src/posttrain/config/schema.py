@@ -203,13 +203,13 @@ class DataOptions(Section):
     max_length: PositiveInt = 4096
     """Longest sample in tokens. What happens to longer ones is `data.truncation`; how many there were is always printed."""
     truncation: Literal["error", "drop", "left", "right"] = "error"
-    """What happens to a sample longer than `data.max_length`: stop, leave it out, or cut its beginning (left) or end
+    """What happens to a sample longer than `data.max_length`, or a prompt of GRPO longer than its limit: stop, leave it out, or cut its beginning (left) or end
     (right)."""
     invalid_rows: Literal["error", "drop"] = "drop"
     """What happens to a row that cannot be used: stop at the first, or leave it out. The number, the reasons and the first
     rows of each are printed."""
     train_batch_size: PositiveInt = 32
-    """Rows of one optimizer step, over all processes. The last batch of an epoch holds what is left."""
+    """Rows of one optimizer step, in GRPO prompts of one step, over all processes. The last batch of an epoch holds what is left."""
     micro_batch_size_per_gpu: PositiveInt | None = None
     """Rows of one forward pass on one device. Never changes the result. Not given: `data.max_tokens_per_gpu` decides."""
     max_tokens_per_gpu: PositiveInt | None = None
@@ -454,7 +454,8 @@ class TrainerOptions(Section):
     total_epochs: PositiveInt = 1
     """Passes over the training rows."""
     total_training_steps: PositiveInt | None = None
-    """Optimizer steps, instead of `trainer.total_epochs`."""
+    """Steps, instead of `trainer.total_epochs`; each has `data.train_batch_size` rows and one update of the weights, in GRPO so many
+    prompts and one update or several."""
     seed: NonNegativeInt = 42
     """Decides the order of rows, dropout, random weights and sampling."""
     val_before_train: bool = True
@@ -462,8 +463,9 @@ class TrainerOptions(Section):
     test_freq: Frequency = "1ep"
     """Validate every so many steps (100) or epochs (1ep); -1 only at the end. Every validation row counts."""
     num_val_generations: NonNegativeInt = 0
-    """Validation rows answered by generation at each validation, for the accuracy; 0 for none."""
-    best_metric: Literal["val_loss", "val_accuracy"] = "val_loss"
+    """Validation rows answered by generation at each validation, for the accuracy; 0 for none, which in GRPO, that has no other
+    validation, is said by leaving out `data.val_files`."""
+    best_metric: Literal["val_loss", "val_accuracy", "val_reward"] = "val_loss"
     """What makes a checkpoint the best one, and what early stopping watches."""
     early_stopping_patience: PositiveInt | None = None
     """Stop after so many validations without a better `trainer.best_metric`. Not given: never."""
@@ -501,8 +503,11 @@ class TrainerOptions(Section):
 
     @model_validator(mode="after")
     def _accuracy_needs_answers(self) -> TrainerOptions:
-        if self.best_metric == "val_accuracy" and not self.num_val_generations:
-            raise ValueError("trainer.best_metric=val_accuracy needs trainer.num_val_generations, the rows to answer")
+        if self.best_metric != "val_loss" and not self.num_val_generations:
+            raise ValueError(
+                f"trainer.best_metric={self.best_metric} needs trainer.num_val_generations, the rows to answer; to validate "
+                "nothing, leave out data.val_files"
+            )
         return self
 
 

@@ -23,6 +23,8 @@ from posttrain.rollout.rollout import Request, Rollout, Sampling
 from posttrain.rollout.tools import Tools
 from posttrain.rollout.turns import converse
 
+LOOKED_AT = 256  # problems that a run tries for a ground truth before a model is loaded
+
 
 @dataclass(frozen=True)
 class Problem:

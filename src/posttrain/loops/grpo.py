@@ -14,7 +14,7 @@ from posttrain.engine.build import build_engine, build_reference, kept_dtype
 from posttrain.engine.engine import Engine
 from posttrain.engine.export import assemble
 from posttrain.errors import RunError
-from posttrain.loops.answering import Answerer, check_judged, open_tools
+from posttrain.loops.answering import LOOKED_AT, Answerer, check_judged, open_tools
 from posttrain.loops.answers_shown import show_answers
 from posttrain.loops.given import read_completions
 from posttrain.loops.learner import Learner
@@ -27,8 +27,6 @@ from posttrain.loops.training_run import TrainingRun
 from posttrain.loops.validation import accuracy_of
 from posttrain.rewards.score import open_scorer
 from posttrain.run.progress import Display
-
-LOOKED_AT = 256  # prompts that are tried for a ground truth before a model is loaded
 
 
 def grpo(config: Config, resolved_yaml: str, gradients_to: str | None = None, completions: str | None = None) -> None:
@@ -92,7 +90,7 @@ def train(run: TrainingRun, learner: Learner, answering: Answering) -> None:
     rollout = answering.answerer.rollout
     began_at, num_updates, unjudged = run.step, 0, 0  # unjudged: steps in a row of which no answer could be judged
     if run.step == 0 and trainer.val_before_train:
-        run.judge(engine, validate(engine, answering))
+        run.judge(engine, validate(engine, answering, run.display))
     run.begin()
     while run.step < data.schedule.num_steps and not run.stopping:
         hand_over(engine, rollout)
@@ -109,7 +107,7 @@ def train(run: TrainingRun, learner: Learner, answering: Answering) -> None:
         if run.due(trainer.sample_freq):
             run.world.on_main(partial(show_answers, found, run.step, run.display, run.folder))
         if run.due(trainer.test_freq):
-            run.judge(engine, validate(engine, answering))
+            run.judge(engine, validate(engine, answering, run.display))
         if run.due(trainer.save_freq):
             run.save(engine)
     if run.step > began_at and not num_updates:
@@ -119,12 +117,12 @@ def train(run: TrainingRun, learner: Learner, answering: Answering) -> None:
         )
 
 
-def validate(engine: Engine, answering: Answering) -> dict[str, float]:
+def validate(engine: Engine, answering: Answering, display: Display) -> dict[str, float]:
     """Accuracy on the validation problems; empty without any."""
     data, config = answering.data, answering.config
     if not data.val:
         return {}
     hand_over(engine, answering.answerer.rollout)
     return accuracy_of(
-        data.val, answering.answerer, answering.scorer, engine.world, config.rollout, config.trainer.seed
+        data.val, answering.answerer, answering.scorer, engine.world, config.rollout, config.trainer.seed, display.say
     )

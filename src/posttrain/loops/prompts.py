@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from posttrain.config.schema import Config
+from posttrain.config.schema import Config, DataOptions
 from posttrain.data.batches import Schedule, plan_steps
 from posttrain.data.chat import ChatTokenizer
 from posttrain.data.formats import Columns, RowError, prompt_of
@@ -25,7 +25,6 @@ from posttrain.rollout.tools import Tools
 from posttrain.run.progress import Display
 
 ANSWERS_A_GROUP = 8  # where rollout.n is not given
-TOO_LONG = "longer than data.max_prompt_length"
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ def open_prompts(
             problems, report = read_problems(
                 read_rows(sources), Columns.of(data, answers_needed=False), chat, limit, display.advance, tools
             )
-            return _within(problems, report, longest, data.truncation, data.invalid_rows, option)
+            return _within(problems, report, longest, data, option)
         finally:
             display.end_work()
 
@@ -210,13 +209,14 @@ def _check_lengths(problems: list[Problem], config: Config) -> None:
 
 
 def _within(
-    problems: list[Problem], report: Report, longest: int | None, how: str, invalid: str, option: str
+    problems: list[Problem], report: Report, longest: int | None, data: DataOptions, option: str
 ) -> tuple[list[Problem], Report]:
     """The problems whose prompts fit, cut or left out as data.truncation says. Raises InputError."""
-    if report.rows_dropped and invalid == "error":
+    if report.rows_dropped and data.invalid_rows == "error":
         reason = next(iter(report.rows_dropped))
         raise InputError(f"{report.places[reason][0]}\nLeave such rows out with data.invalid_rows=drop.")
-    kept = []
+    limit = "data.max_prompt_length" if data.max_prompt_length else "data.max_length - 1"
+    kept, how = [], data.truncation
     for problem in problems:
         length = len(problem.prompt_ids_T)
         if longest is None or length <= longest:
@@ -224,11 +224,11 @@ def _within(
         elif how == "error":
             most = max(len(other.prompt_ids_T) for other in problems)
             raise InputError(
-                f"{option}: the prompt of {problem.place} has {length} tokens, more than data.max_prompt_length={longest}; the "
+                f"{option}: the prompt of {problem.place} has {length} tokens, more than {limit} = {longest}; the "
                 f"longest has {most}. Raise it, or choose data.truncation=drop, left or right."
             )
         elif how == "drop":
-            report.drop(TOO_LONG, f"{problem.place}: {length} tokens")
+            report.drop(f"longer than {limit}", f"{problem.place}: {length} tokens")
         else:
             cut = problem.prompt_ids_T[-longest:] if how == "left" else problem.prompt_ids_T[:longest]
             kept.append(replace(problem, prompt_ids_T=cut))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
+from contextlib import ExitStack
 
 import numpy as np
 
@@ -16,8 +18,9 @@ from posttrain.engine.engine import Engine
 from posttrain.loops.step_log import StepWork
 from posttrain.loops.training_data import TrainingData, data_report, describe, open_training_data
 from posttrain.loops.training_run import TrainingRun
-from posttrain.loops.validation import validate
+from posttrain.loops.validation import open_judge, validate
 from posttrain.losses.sft import sft_loss
+from posttrain.rewards.score import Scorer
 from posttrain.run.progress import Display
 
 
@@ -33,9 +36,11 @@ def sft(config: Config, resolved_yaml: str, gradients_to: str | None = None) -> 
         join_world(device, dtype, config.engine, watchdog, kept_dtype(config.model)) as world,
         Display(world.is_main, watchdog.alive) as display,
         TrainingRun.open(config, resolved_yaml, world, display) as run,
+        ExitStack() as opened,
     ):
         data = open_training_data(config, world, display)  # lengths and steps are known before a model is loaded
         run.plan(data, describe(data, config, world), data_report(data))
+        judge = open_judge(data, config, world, opened)
         engine = build_engine(
             config.model, config.engine, config.optim, data.schedule.num_steps, world, dtype,
             packing=config.data.packing, seed=config.trainer.seed,
@@ -45,14 +50,15 @@ def sft(config: Config, resolved_yaml: str, gradients_to: str | None = None) -> 
             engine.forward_backward(data.micro_batches(run.step, world), sft_loss)
             write_gradients(engine, gradients_to, display)
             return
-        train(run, engine, data, world)
+        train(run, engine, data, world, judge)
         run.finish(engine)
 
 
-def train(run: TrainingRun, engine: Engine, data: TrainingData, world: World) -> None:
+def train(run: TrainingRun, engine: Engine, data: TrainingData, world: World, judge: Scorer | None) -> None:
     """Steps until the schedule ends, or something asks to stop."""
+    say = run.display.say
     if run.step == 0 and run.config.trainer.val_before_train:
-        run.judge(engine, validate(engine, data, run.config))
+        run.judge(engine, validate(engine, data, run.config, judge, say))
     run.begin()
     while run.step < data.schedule.num_steps and not run.stopping:
         world.watchdog.beat("reading rows", step=run.step + 1)
@@ -63,7 +69,7 @@ def train(run: TrainingRun, engine: Engine, data: TrainingData, world: World) ->
         update = engine.optim_step()
         run.record(StepWork([(loss, update)], micro_batches, waited))
         if run.due(run.config.trainer.test_freq):
-            run.judge(engine, validate(engine, data, run.config))
+            run.judge(engine, validate(engine, data, run.config, judge, say))
         if run.due(run.config.trainer.save_freq):
             run.save(engine)
 
@@ -76,13 +82,20 @@ def evaluate_loss(config: Config) -> dict[str, float]:
         watching(config.trainer.hang_timeout_seconds) as watchdog,
         join_world(device, dtype, config.engine, watchdog, kept_dtype(config.model)) as world,
         Display(world.is_main, watchdog.alive) as display,
+        ExitStack() as opened,
     ):
         data = open_training_data(config, world, display)
+        judge = open_judge(data, config, world, opened)
         engine = build_engine(
             config.model, config.engine, config.optim, 1, world, dtype,
             packing=config.data.packing, seed=config.trainer.seed,
         )  # fmt: skip
-        return validate(engine, data, config)
+
+        def say(text: str) -> None:
+            if world.is_main:
+                print(text, file=sys.stderr)  # stdout may be the one JSON object
+
+        return validate(engine, data, config, judge, say)
 
 
 def write_gradients(engine: Engine, path: str, display: Display) -> None:

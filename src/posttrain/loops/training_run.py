@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -175,7 +176,7 @@ class TrainingRun:
         """Write a validation; keep the model if it is the best so far, and stop if there was none for long."""
         if found:
             self.metrics.write(self.step, "val", found)
-            better = self._compare(found[self.config.trainer.best_metric], self.step)
+            better = self._compare(found.get(self.config.trainer.best_metric, math.nan), self.step)
             shown = ", ".join(f"{name}={value:.4g}" for name, value in found.items())
             self.display.say(f"step {self.step}: {shown}{' (best so far)' if better and self.step else ''}")
             if better and self.step:  # the model before training lies where it came from

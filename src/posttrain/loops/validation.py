@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
+
 import numpy as np
 
 from posttrain.config.schema import Config, RolloutOptions
@@ -10,16 +13,40 @@ from posttrain.data.sources import read_rows
 from posttrain.distributed.world import World
 from posttrain.engine.engine import Engine
 from posttrain.engine.export import assemble
-from posttrain.loops.answering import Answerer, Problem, answer_all, judge_all, read_problems, requests_for
+from posttrain.errors import InputError
+from posttrain.loops.answering import (
+    LOOKED_AT,
+    Answerer,
+    Problem,
+    answer_all,
+    check_judged,
+    judge_all,
+    read_problems,
+    requests_for,
+)
 from posttrain.loops.training_data import TrainingData
 from posttrain.rewards.accuracy import Accuracy
-from posttrain.rewards.score import Scorer, open_scorer
+from posttrain.rewards.score import Score, Scorer, open_scorer
+from posttrain.rewards.verdict import Verdict
 from posttrain.rollout.rollout import Sampling
 from posttrain.rollout.transformers import TransformersRollout
 
+Say = Callable[[str], None]
 
-def validate(engine: Engine, data: TrainingData, config: Config) -> dict[str, float]:
-    """`val_loss`, and with trainer.num_val_generations also `val_accuracy` with its interval. Every process calls this.
+
+def open_judge(data: TrainingData, config: Config, world: World, opened: ExitStack) -> Scorer | None:
+    """The rewards that validation judges answers by, closed by `opened`; None where none are generated. Every process must call
+    this. Raises InputError where they cannot be loaded, or can judge none of the first problems."""
+    if data.val is None or not config.trainer.num_val_generations:
+        return None
+    scorer = world.everyone(lambda: opened.enter_context(open_scorer(config.reward)))
+    count, files = min(config.trainer.num_val_generations, LOOKED_AT), ", ".join(config.data.val_files)
+    world.everyone(lambda: check_judged(_problems(data, config, count), files, scorer, config.reward.names))
+    return scorer
+
+
+def validate(engine: Engine, data: TrainingData, config: Config, judge: Scorer | None, say: Say) -> dict[str, float]:
+    """`val_loss`, and with a judge also what `accuracy_of` finds. Every process calls this.
 
     Empty without validation rows.
     """
@@ -27,15 +54,22 @@ def validate(engine: Engine, data: TrainingData, config: Config) -> dict[str, fl
         return {}
     engine.world.watchdog.beat("validation")
     found = {"val_loss": _loss(engine, data)}
-    if config.trainer.num_val_generations:
-        found |= _accuracy(engine, data, config)
+    if judge is not None:
+        found |= _accuracy(engine, data, config, judge, say)
     return found
 
 
 def accuracy_of(
-    problems: list[Problem], answerer: Answerer, scorer: Scorer, world: World, options: RolloutOptions, seed: int
+    problems: list[Problem],
+    answerer: Answerer,
+    scorer: Scorer,
+    world: World,
+    options: RolloutOptions,
+    seed: int,
+    say: Say,
 ) -> dict[str, float]:
-    """`val_accuracy` with its interval, with several answers a problem also pass@k. Every process calls this."""
+    """`val_accuracy` with its interval, `val_unknown` and, where any is known, `val_reward`; with several answers a problem also
+    pass@k. What could not be judged is said. Every process calls this."""
     world.watchdog.beat("answering", patient=True)
     requests = requests_for(problems, options.val_n, options.max_new_tokens, seed)
     sampling = Sampling(options.val_temperature, options.top_p, options.top_k)
@@ -45,14 +79,29 @@ def accuracy_of(
 
     asked = [problem for problem in problems for _ in range(options.val_n)]
     completions = answer_all(answerer, asked, requests, sampling, world, alive)
-    verdicts = [answer.verdict for answer in judge_all(asked, completions, scorer, world, alive)]
-    accuracy = Accuracy.of(verdicts, options.val_n)
+    scores = [answer.score for answer in judge_all(asked, completions, scorer, world, alive)]
+    accuracy = Accuracy.of([score.verdict for score in scores], options.val_n)
+    rewards = [score.reward for score in scores if score.reward is not None]
     return {
         "val_accuracy": accuracy.share,
         "val_accuracy_low": accuracy.low,
         "val_accuracy_high": accuracy.high,
         **{f"val_pass_at_{k}": chance for k, chance in accuracy.pass_at.items()},
+        **({"val_reward": float(np.mean(rewards))} if rewards else {}),
+        "val_unknown": _say_unknown(scores, say),
     }
+
+
+def _say_unknown(scores: list[Score], say: Say) -> int:
+    """How many answers have no verdict or no reward; the first of them is said."""
+    unknown = [score for score in scores if score.verdict is Verdict.UNKNOWN or score.reward is None]
+    if len(unknown) == len(scores):
+        say(f"validation: none of the {len(scores):,} answers could be judged; the first: {unknown[0].problem}")
+    elif unknown:
+        say(
+            f"validation: {len(unknown):,} of {len(scores):,} answers could not be judged, such as: {unknown[0].problem}"
+        )
+    return len(unknown)
 
 
 def _loss(engine: Engine, data: TrainingData) -> float:
@@ -66,16 +115,21 @@ def _loss(engine: Engine, data: TrainingData) -> float:
     return float(total[0] / total[1])
 
 
-def _accuracy(engine: Engine, data: TrainingData, config: Config) -> dict[str, float]:
+def _accuracy(engine: Engine, data: TrainingData, config: Config, judge: Scorer, say: Say) -> dict[str, float]:
     world = engine.world
-    count = config.trainer.num_val_generations
-    problems, _ = world.on_main(
-        lambda: read_problems(
-            read_rows(data.val_sources), Columns.of(config.data, answers_needed=False), data.chat, count
-        )
-    )
+    problems = world.on_main(lambda: _problems(data, config, config.trainer.num_val_generations))
     dtype = world.device.compute_dtype(config.model.dtype)
     model = assemble(engine, dtype, world.device.torch_device)
     rollout = TransformersRollout(model, data.chat.tokenizer, config.rollout.batch_size, data.end_ids)
-    with open_scorer(config.reward) as scorer:
-        return accuracy_of(problems, Answerer(rollout), scorer, world, config.rollout, config.trainer.seed)
+    return accuracy_of(problems, Answerer(rollout), judge, world, config.rollout, config.trainer.seed, say)
+
+
+def _problems(data: TrainingData, config: Config, count: int) -> list[Problem]:
+    """The first problems of the validation rows. Raises InputError where none can be asked."""
+    columns = Columns.of(config.data, answers_needed=False)
+    problems, report = read_problems(read_rows(data.val_sources), columns, data.chat, count)
+    if not problems:
+        reasons = [f"{found:,}: {report.places[reason][0]}" for reason, found in report.rows_dropped.items()]
+        said = "data.val_files: no row can be answered, as trainer.num_val_generations asks for."
+        raise InputError("\n".join([said, *reasons]))
+    return problems

@@ -15,8 +15,8 @@ Z_95 = 1.959963984540054  # standard normal quantile of a two-sided 95% interval
 class Accuracy:
     """Right answers among those that could be judged; what could not be is counted apart.
 
-    With several answers a problem `problem_error` is the standard error of the mean over problems, and `pass_at` the chance that one of
-    k answers is right, for k = 2, 4, ... and all.
+    With several answers a problem `problem_error` is the standard error of the mean over the `num_judged_problems`, NaN of one, and
+    `pass_at` the chance that one of k answers is right, for k = 2, 4, ... and all.
     """
 
     num_correct: int
@@ -25,6 +25,7 @@ class Accuracy:
     answers_a_problem: int = 1
     problem_error: float = 0.0
     pass_at: dict[int, float] = field(default_factory=dict)
+    num_judged_problems: int | None = None  # None where each has one answer
 
     @classmethod
     def of(cls, verdicts: Sequence[Verdict], answers_a_problem: int = 1) -> Accuracy:
@@ -42,7 +43,8 @@ class Accuracy:
         most = min(map(len, groups), default=0)
         sizes = sorted({2**power for power in range(1, most.bit_length())} | {most} - {0, 1})
         pass_at = {k: sum(pass_at_k(sum(group), len(group), k) for group in groups) / len(groups) for k in sizes}
-        return cls(correct, judged, unknown, answers_a_problem, _mean_error([sum(g) / len(g) for g in groups]), pass_at)
+        error = _mean_error([sum(group) / len(group) for group in groups])
+        return cls(correct, judged, unknown, answers_a_problem, error, pass_at, len(groups))
 
     @property
     def num_problems(self) -> int:
@@ -64,16 +66,21 @@ class Accuracy:
         return f"{self.share:.1%} (95% interval {self.low:.1%} to {self.high:.1%}, {self.num_correct} of {self.num_judged})"
 
     def _interval(self) -> tuple[float, float]:
-        """Wilson's 95% score interval, which holds near 0 and 1 too. Source: Wilson 1927, JASA 22."""
+        """Wilson's 95% score interval, which holds near 0 and 1 too. Source: Wilson 1927, JASA 22.
+
+        With several answers a problem, which are not independent, that of the mean over problems; where problems do not differ, Wilson's
+        of so many problems.
+        """
         if not self.num_judged:
             return math.nan, math.nan
-        n, p, z = self.num_judged, self.share, Z_95
-        if self.answers_a_problem > 1:  # answers to one problem are not independent
+        p, z = self.share, Z_95
+        if self.problem_error > 0:
             return max(p - z * self.problem_error, 0.0), min(p + z * self.problem_error, 1.0)
+        n = self.num_judged_problems or self.num_judged
         center = (p + z**2 / (2 * n)) / (1 + z**2 / n)
         half = z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
         low = 0.0 if self.num_correct == 0 else center - half  # exactly, which rounding would miss
-        return low, 1.0 if self.num_correct == n else center + half
+        return low, 1.0 if self.num_correct == self.num_judged else center + half
 
 
 def pass_at_k(num_right: int, num_answers: int, k: int) -> float:
