@@ -160,10 +160,10 @@ def test_evaluate_says_what_of_the_command_line_has_no_effect(posttrain, tiny):
 def test_what_cannot_be_judged_is_said_before_a_model_answers(posttrain, tiny):
     parts = {"messages": [{"role": "user", "content": "3+4?"},
                           {"role": "assistant", "content": [{"type": "text", "text": "seven"}]}]}  # fmt: skip
-    rows = write_lines(posttrain.folder / "rows.jsonl", [parts, {"prompt": "a", "response": None}])
+    rows = write_lines(posttrain.folder / "rows.jsonl", [parts, {"prompt": 5, "response": "a"}])
     done = posttrain("evaluate", "--model", tiny / "model", "--test_file", rows, code=None)
     refused(done, "None of the 1 rows", "reward_model.ground_truth", "posttrain generate")
-    assert "left out 1: no answer, such as" in done.stdout and "rows.jsonl row 1" in done.stdout
+    assert "left out 1: no prompt, such as" in done.stdout and "rows.jsonl row 1" in done.stdout
     write_lines(rows, [{"input_ids": [1, 2], "labels": [1, 2]}] * 2)
     done = posttrain("generate", "--model", tiny / "model", "--prompts", rows, code=None)
     refused(done, "no row can be used", "left out 2: pre-tokenized, such as", "rows.jsonl row 0")

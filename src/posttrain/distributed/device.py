@@ -202,6 +202,12 @@ def has_varlen_attention(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+def tokens_between_looks(device: torch.device) -> int:
+    """How seldom answers that are being written are looked at for those that have ended: on an accelerator that waits for all that
+    was dispatched."""
+    return 1 if device.type == "cpu" else 8
+
+
 def logits_a_chunk(device: torch.device) -> int:
     """How many logits of the vocabulary are held at the same time."""
     return LOGITS_A_CHUNK.get(device.type, LOGITS_A_CHUNK_ELSEWHERE)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from posttrain.distributed.device import tokens_between_looks
 from posttrain.rollout.cache import DECODING, Cache
 from posttrain.rollout.noise import stream, uniforms
 from posttrain.rollout.rollout import Request, Sampling
@@ -80,11 +81,6 @@ def decode(
                 cache.keep(left)
             else:
                 cache = Cache(limit, device)
-
-
-def tokens_between_looks(device: torch.device) -> int:
-    """On an accelerator, asking which answers have ended waits for all that was dispatched, so it is asked seldom."""
-    return 1 if device.type == "cpu" else 8
 
 
 @dataclass
