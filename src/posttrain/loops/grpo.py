@@ -14,7 +14,7 @@ from posttrain.engine.build import build_engine, build_reference, kept_dtype
 from posttrain.engine.engine import Engine
 from posttrain.engine.export import assemble
 from posttrain.errors import RunError
-from posttrain.loops.answering import LOOKED_AT, Answerer, check_judged, open_tools
+from posttrain.loops.answering import LOOKED_AT, Answerer, check_judged, check_prompts_whole, open_tools
 from posttrain.loops.answers_shown import show_answers
 from posttrain.loops.given import read_completions
 from posttrain.loops.learner import Learner
@@ -36,6 +36,7 @@ def grpo(config: Config, resolved_yaml: str, gradients_to: str | None = None, co
     Raises InputError before training where something is wrong, RunError where a run cannot go on.
     """
     check_grpo(config)
+    check_prompts_whole(config.tools, config.data.truncation)
     device = choose_device(config.trainer.device)
     dtype = device.compute_dtype(config.model.dtype)
     with (
@@ -96,7 +97,7 @@ def train(run: TrainingRun, learner: Learner, answering: Answering) -> None:
         hand_over(engine, rollout)
         found = answering.step(run.step)
         if engine.world.device.has_own_memory:
-            rollout.sleep()  # training has the device's memory now
+            engine.world.everyone(rollout.sleep)  # training has the device's memory now
         answering.say_what_is_wrong(found, run.step + 1, run.display)
         unjudged = unjudged + 1 if found.num_unknown == len(found) else 0
         if unjudged == (trainer.max_skipped_steps if num_updates else 1):
