@@ -2,6 +2,8 @@
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
 VENV ?= .venv
+# a test file is one process's work from beginning to end
+PYTEST_ARGUMENTS ?= -n 2 --dist loadfile
 BIN = $(VENV)/bin
 
 .PHONY: quickstart test install check clean
