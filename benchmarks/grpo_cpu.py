@@ -130,7 +130,10 @@ def main(
         table.add_row(name, f"{middle[0]:.2f}", f"{middle[1]:.2f}", f"{middle[2]:,.0f}", spread)
     Console().print(table)
     if output_json:
-        output_json.write_text(json.dumps({"setting": setting, "rounds": found}, indent=1) + "\n")
+        told = {
+            key: value for key, value in setting.items() if key not in ("model", "prompts")
+        }  # paths of this machine
+        output_json.write_text(json.dumps({"setting": told, "rounds": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ from posttrain.loops.given import read_completions
 from posttrain.loops.learner import Learner
 from posttrain.loops.prompts import describe_prompts, open_prompts, prompt_report, updates_of
 from posttrain.loops.rollout_engine import adapter_rank, hand_over, open_rollout
-from posttrain.loops.rollouts import Answering, answers_a_group
 from posttrain.loops.sft import write_gradients
+from posttrain.loops.step_answers import StepAnswers, answers_a_group
 from posttrain.loops.training_data import chat_maker
 from posttrain.loops.training_run import TrainingRun
 from posttrain.loops.validation import accuracy_of
@@ -75,30 +75,30 @@ def grpo(config: Config, resolved_yaml: str, gradients_to: str | None = None, co
         ) as rollout:
             run.resume(engine)
             learner = Learner(config, engine, reference)
-            answering = Answering(Answerer(rollout, tools, config.data.max_length), scorer, data, config, world)
+            answers = StepAnswers(Answerer(rollout, tools, config.data.max_length), scorer, data, config, world)
             if gradients_to is not None:
                 hand_over(engine, rollout)
-                learner.gather_gradients(answering.step(run.step), run.step, len(data.rows(run.step)))
+                learner.gather_gradients(answers.step(run.step), run.step, len(data.rows(run.step)))
                 write_gradients(engine, gradients_to, display)
                 return
-            train(run, learner, answering)
+            train(run, learner, answers)
             run.finish(engine)
 
 
-def train(run: TrainingRun, learner: Learner, answering: Answering) -> None:
+def train(run: TrainingRun, learner: Learner, answers: StepAnswers) -> None:
     """Steps until the schedule ends, or something asks to stop."""
-    engine, data, trainer = learner.engine, answering.data, run.config.trainer
-    rollout = answering.answerer.rollout
+    engine, data, trainer = learner.engine, answers.data, run.config.trainer
+    rollout = answers.answerer.rollout
     began_at, num_updates, unjudged = run.step, 0, 0  # unjudged: steps in a row of which no answer could be judged
     if run.step == 0 and trainer.val_before_train:
-        run.judge(engine, validate(engine, answering, run.display))
+        run.judge(engine, validate(engine, answers, run.display))
     run.begin()
     while run.step < data.schedule.num_steps and not run.stopping:
         hand_over(engine, rollout)
-        found = answering.step(run.step)
+        found = answers.step(run.step)
         if engine.world.device.has_own_memory:
             engine.world.everyone(rollout.sleep)  # training has the device's memory now
-        answering.say_what_is_wrong(found, run.step + 1, run.display)
+        answers.say_what_is_wrong(found, run.step + 1, run.display)
         unjudged = unjudged + 1 if found.num_unknown == len(found) else 0
         if unjudged == (trainer.max_skipped_steps if num_updates else 1):
             raise RunError(f"step {run.step + 1}: {found.about_unknown}\nMend the reward; checkpoints are untouched.")
@@ -108,7 +108,7 @@ def train(run: TrainingRun, learner: Learner, answering: Answering) -> None:
         if run.due(trainer.sample_freq):
             run.world.on_main(partial(show_answers, found, run.step, run.display, run.folder))
         if run.due(trainer.test_freq):
-            run.judge(engine, validate(engine, answering, run.display))
+            run.judge(engine, validate(engine, answers, run.display))
         if run.due(trainer.save_freq):
             run.save(engine)
     if run.step > began_at and not num_updates:
@@ -118,12 +118,12 @@ def train(run: TrainingRun, learner: Learner, answering: Answering) -> None:
         )
 
 
-def validate(engine: Engine, answering: Answering, display: Display) -> dict[str, float]:
+def validate(engine: Engine, answers: StepAnswers, display: Display) -> dict[str, float]:
     """Accuracy on the validation problems; empty without any."""
-    data, config = answering.data, answering.config
+    data, config = answers.data, answers.config
     if not data.val:
         return {}
-    hand_over(engine, answering.answerer.rollout)
+    hand_over(engine, answers.answerer.rollout)
     return accuracy_of(
-        data.val, answering.answerer, answering.scorer, engine.world, config.rollout, config.trainer.seed, display.say
+        data.val, answers.answerer, answers.scorer, engine.world, config.rollout, config.trainer.seed, display.say
     )

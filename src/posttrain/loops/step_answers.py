@@ -21,7 +21,7 @@ def answers_a_group(config: Config) -> int:
 
 
 @dataclass(frozen=True)
-class Answering:
+class StepAnswers:
     """Answers and judges the prompts of a step. Every process must call it."""
 
     answerer: Answerer
