@@ -472,7 +472,7 @@ VALIDATED = ["data.val_files=v.jsonl", "trainer.num_val_generations=8"]
         ("grpo", ["model.lora_rank=4", "model.lora_dropout=0.1"], {"model.lora_dropout"}),
         ("sft", ["model.lora_rank=4", "model.lora_dropout=0.1"], set()),
     ],
-    ids=str,
+    ids=lambda given: str(sorted(given)) if isinstance(given, set) else str(given),
 )
 def test_what_has_no_effect_depends_on_the_command(command: str, arguments: list[str], expected: set[str]):
     found = [note["key"] for note in compose(arguments, command).ignored]

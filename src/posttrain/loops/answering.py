@@ -23,7 +23,7 @@ from posttrain.rollout.rollout import Request, Rollout, Sampling
 from posttrain.rollout.tools import Tools
 from posttrain.rollout.turns import converse
 
-LOOKED_AT = 256  # problems that a run tries for a ground truth before a model is loaded
+LOOKED_AT = 1000  # problems that a run tries for a ground truth before a model is loaded
 
 
 @dataclass(frozen=True)
@@ -200,16 +200,21 @@ def judge_all(
     ]
 
 
-def check_judged(problems: Sequence[Problem], files: str, scorer: Scorer, rewards: Sequence[str]) -> None:
-    """Raise InputError where no answer could be judged, before any is given."""
+def check_judged(problems: Sequence[Problem], files: str, scorer: Scorer, rewards: Sequence[str]) -> str | None:
+    """A line on the problems that cannot be judged, whatever the answer, if there are any. Raises InputError where none can be."""
     if not scorer.needs_truth:
-        return
+        return None
     silence = Completion(np.zeros(0, np.int32))
-    scores = (scorer.score([answered(problem, silence)])[0] for problem in problems)
-    first = next(scores)
-    if first.verdict is Verdict.UNKNOWN and all(score.verdict is Verdict.UNKNOWN for score in scores):
+    scores = scorer.score([answered(problem, silence) for problem in problems])
+    unknown = [(p, score) for p, score in zip(problems, scores, strict=True) if score.verdict is Verdict.UNKNOWN]
+    if not unknown:
+        return None
+    problem, score = unknown[0]
+    if len(unknown) == len(problems):
         raise InputError(
-            f"None of the {len(problems)} rows of {files} can be judged by reward.name={', '.join(rewards)}; the first: "
-            f"{first.problem}. Expected reward_model.ground_truth, or a number after a final #### of the answer. "
-            "`posttrain generate` writes answers to look at."
+            f"None of the {len(problems)} rows of {files} can be judged by reward.name={', '.join(rewards)}; the first, "
+            f"{problem.place}: {score.problem}. Expected reward_model.ground_truth, or a number after a final #### of the answer. "
+            "`posttrain generate` writes answers to look at; a function of your own (reward.path) or reward.name=format judges "
+            "without."
         )
+    return f"{len(unknown)} of the first {len(problems)} rows of {files} cannot be judged, such as {problem.place}: {score.problem}"

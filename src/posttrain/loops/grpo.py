@@ -55,7 +55,8 @@ def grpo(config: Config, resolved_yaml: str, gradients_to: str | None = None, co
             data = data.answered_by(given)
         run.plan(data, describe_prompts(data, config, world), prompt_report(data))
         files = ", ".join(config.data.train_files)
-        world.everyone(lambda: check_judged(data.train[:LOOKED_AT], files, scorer, config.reward.names))
+        if said := world.everyone(lambda: check_judged(data.train[:LOOKED_AT], files, scorer, config.reward.names)):
+            display.say(said)
         engine = build_engine(
             config.model, config.engine, config.optim, sum(updates_of(data.schedule, config)), world, dtype,
             packing=config.data.packing, seed=config.trainer.seed, temperature=config.rollout.temperature or 1.0,
