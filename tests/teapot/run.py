@@ -67,8 +67,8 @@ def refusal(wanted: str, **environment: str) -> str:
 
 
 def observed(train: Callable, found: dict) -> Callable:
-    def train_and_inspect(run, engine, data, world):
-        train(run, engine, data, world)
+    def train_and_inspect(run, engine, data, world, judge):
+        train(run, engine, data, world, judge)
         found.update(inspect(engine, data.micro_batches(0, world)))
 
     return train_and_inspect

@@ -77,7 +77,8 @@ class Engine:
         self.world.watchdog.beat("forward and backward")
         device = self.world.device.torch_device
         if total_weight is None:
-            total = self.world.total(sum(float(m.weights_T.sum(dtype=np.float64)) for m in micro_batches)).float()
+            local_weight = sum(float(m.weights_T.sum(dtype=np.float64)) for m in micro_batches)
+            total = self.world.total(local_weight).float()
         else:
             total = torch.tensor(total_weight, dtype=torch.float32, device=device)
         sums: dict[str, Tensor] = {"loss": torch.zeros((), device=device)}
