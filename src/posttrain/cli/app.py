@@ -12,8 +12,14 @@ import typer
 
 from posttrain import __version__
 from posttrain.cli.begin import (
+    AsJson,
+    DataPath,
+    DumpGradients,
+    Help,
     Model,
+    OutputDir,
     Overrides,
+    PrintConfig,
     check_needed,
     dated,
     hand_to_processes,
@@ -44,17 +50,13 @@ def sft(
     context: typer.Context,
     options: Overrides = None,
     model: Model = None,
-    data_path: Annotated[str | None, typer.Option("--data_path", help="Short for data.train_files=.")] = None,
-    output_dir: Annotated[
-        str | None, typer.Option("--output_dir", help="Short for trainer.default_local_dir=.")
-    ] = None,
+    data_path: DataPath = None,
+    output_dir: OutputDir = None,
     eval_only: Annotated[bool, typer.Option("--eval_only", help="Print the validation loss of --checkpoint.")] = False,
-    print_config: Annotated[bool, typer.Option("--print_config", help="Print the resolved options and stop.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable output.")] = False,
-    dump_gradients: Annotated[
-        str | None, typer.Option("--dump_gradients", help="Write the first step's gradients there and stop.")
-    ] = None,
-    help_: Annotated[bool, typer.Option("--help", is_eager=True, help="Show this and every option.")] = False,
+    print_config: PrintConfig = False,
+    as_json: AsJson = False,
+    dump_gradients: DumpGradients = None,
+    help_: Help = False,
 ) -> None:
     """Fine-tune a chat model on conversations (supervised fine-tuning)."""
     if help_:
@@ -87,19 +89,15 @@ def grpo(
     context: typer.Context,
     options: Overrides = None,
     model: Model = None,
-    data_path: Annotated[str | None, typer.Option("--data_path", help="Short for data.train_files=.")] = None,
-    output_dir: Annotated[
-        str | None, typer.Option("--output_dir", help="Short for trainer.default_local_dir=.")
-    ] = None,
-    print_config: Annotated[bool, typer.Option("--print_config", help="Print the resolved options and stop.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable output.")] = False,
-    dump_gradients: Annotated[
-        str | None, typer.Option("--dump_gradients", help="Write the first update's gradients there and stop.")
-    ] = None,
+    data_path: DataPath = None,
+    output_dir: OutputDir = None,
+    print_config: PrintConfig = False,
+    as_json: AsJson = False,
+    dump_gradients: DumpGradients = None,
     completions: Annotated[
         str | None, typer.Option("--completions", help="Learn from the answers in this file (JSON lines).")
     ] = None,
-    help_: Annotated[bool, typer.Option("--help", is_eager=True, help="Show this and every option.")] = False,
+    help_: Help = False,
 ) -> None:
     """Let a model learn from its own answers and their rewards (GRPO, reinforcement learning)."""
     if help_:
@@ -127,7 +125,7 @@ def evaluate(
     test_file: Annotated[list[str] | None, typer.Option("--test_file", help="Problems with known answers.")] = None,
     limit: Annotated[int | None, typer.Option(help="Answer only the first so many.")] = None,
     output: Annotated[Path | None, typer.Option(help="Where each answer is written (evaluation.jsonl).")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable output.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Answer problems and print the accuracy with its 95% interval."""
     given = [f"data.val_files={test_file!r}"] if test_file else []

@@ -25,6 +25,14 @@ Model = Annotated[
 ]
 
 
+DataPath = Annotated[str | None, typer.Option("--data_path", help="Short for data.train_files=.")]
+OutputDir = Annotated[str | None, typer.Option("--output_dir", help="Short for trainer.default_local_dir=.")]
+PrintConfig = Annotated[bool, typer.Option("--print_config", help="Print the resolved options and stop.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable output.")]
+DumpGradients = Annotated[
+    str | None, typer.Option("--dump_gradients", help="Write the first update's gradients there and stop.")
+]
+Help = Annotated[bool, typer.Option("--help", is_eager=True, help="Show this and every option.")]
 # of a run's saved options, those that say where and how it trained, not what it made
 OF_TRAINING = (
     "trainer.nnodes", "trainer.rdzv_endpoint", "trainer.max_restarts", "rollout.name", "rollout.n", "rollout.temperature",
