@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from posttrain.config.schema import Config, DataOptions
-from posttrain.data.batches import Schedule, plan_steps
+from posttrain.data.batches import Schedule
 from posttrain.data.chat import ChatTokenizer
 from posttrain.data.formats import Columns, RowError, prompt_of
 from posttrain.data.sources import find_sources, read_rows
@@ -19,7 +19,7 @@ from posttrain.data.tokenized import Report
 from posttrain.distributed.world import World
 from posttrain.errors import InputError
 from posttrain.loops.answering import Problem, read_problems
-from posttrain.loops.training_data import without_effect_here
+from posttrain.loops.training_data import schedule_of, without_effect_here
 from posttrain.records import Completion, Conversation
 from posttrain.rollout.tools import Tools
 from posttrain.run.progress import Display
@@ -87,7 +87,7 @@ def open_prompts(
 ) -> PromptData:
     """Prompts that offer the tools, and the schedule. Every process must call this. Raises InputError for what cannot be learnt
     from."""
-    data, trainer = config.data, config.trainer
+    data = config.data
     longest = data.max_prompt_length or (data.max_length - 1 if tools else None)
     world.watchdog.beat("preparing prompts")
 
@@ -105,21 +105,13 @@ def open_prompts(
     train, report = world.everyone(lambda: read(data.train_files, "data.train_files", data.train_split, None))
     val, val_report = (
         world.everyone(
-            lambda: read(data.val_files, "data.val_files", data.val_split, trainer.num_val_generations or None)
+            lambda: read(data.val_files, "data.val_files", data.val_split, config.trainer.num_val_generations)
         )
         if data.val_files
         else ([], Report())
     )
-    schedule = plan_steps(
-        len(train),
-        data.train_batch_size,
-        trainer.total_epochs,
-        trainer.total_training_steps,
-        trainer.seed,
-        data.shuffle,
-    )
     _check_lengths(train, config)
-    return PromptData(train, val, report, val_report, schedule, chat, _rules(config))
+    return PromptData(train, val, report, val_report, schedule_of(len(train), config), chat, _rules(config))
 
 
 def prompt_report(data: PromptData) -> dict[str, Any]:

@@ -95,22 +95,20 @@ def open_training_data(config: Config, world: World, display: Display) -> Traini
 
     train = load(train_sources, "training rows")
     val = load(val_sources, "validation rows") if val_sources else None
-    trainer = config.trainer
-    schedule = plan_steps(
-        len(train),
-        data.train_batch_size,
-        trainer.total_epochs,
-        trainer.total_training_steps,
-        trainer.seed,
-        data.shuffle,
-    )
     sharing = config.engine.ulysses_sequence_parallel_size  # processes that hold one row
     max_tokens = data.max_tokens_per_gpu and data.max_tokens_per_gpu * sharing
     if max_tokens is None and data.micro_batch_size_per_gpu is None:
         max_tokens = max(world.device.default_max_tokens * sharing, data.max_length)
     # processes run the model as often as each other: unpacked, once for each row
     max_rows = data.micro_batch_size_per_gpu if data.packing else 1
-    return TrainingData(train, val, val_sources, schedule, make_chat(), max_rows, max_tokens)
+    return TrainingData(train, val, val_sources, schedule_of(len(train), config), make_chat(), max_rows, max_tokens)
+
+
+def schedule_of(num_rows: int, config: Config) -> Schedule:
+    """Which of so many rows, or prompts, each step of the run takes."""
+    data, trainer = config.data, config.trainer
+    epochs, steps = trainer.total_epochs, trainer.total_training_steps
+    return plan_steps(num_rows, data.train_batch_size, epochs, steps, trainer.seed, data.shuffle)
 
 
 def chat_maker(config: Config) -> partial[ChatTokenizer]:
