@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -23,6 +24,8 @@ from posttrain.rollout.rollout import Request, Rollout, Sampling
 from posttrain.rollout.tools import Tools
 from posttrain.rollout.turns import converse
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 LOOKED_AT = 1000  # problems that a run tries for a ground truth before a model is loaded
 
 
@@ -150,12 +153,12 @@ def answer_all(
     advance: Callable[[int], None] = lambda done: None,
 ) -> list[Completion]:
     """A completion for each request, on every process; each process answers its share."""
-    share = slice(world.rank, None, world.size)
-    own = world.everyone(lambda: answerer.answer(problems[share], requests[share], sampling, advance))
-    completions: list[Completion | None] = [None] * len(requests)
-    for rank, part in enumerate(world.gather(own)):
-        completions[rank :: world.size] = part
-    return [completion for completion in completions if completion is not None]
+    pairs = list(zip(problems, requests, strict=True))
+
+    def answer(share: Sequence[tuple[Problem, Request]]) -> list[Completion]:
+        return answerer.answer([problem for problem, _ in share], [request for _, request in share], sampling, advance)
+
+    return _dealt(pairs, answer, world)
 
 
 def requests_for(problems: Sequence[Problem], answers: int, max_new_tokens: int, *key: int) -> list[Request]:
@@ -189,15 +192,20 @@ def judge_all(
 ) -> list[Answer]:
     """Each answer with its score, on every process; each process judges its share."""
     asked = [answered(*pair) for pair in zip(problems, completions, strict=True)]
-    own = world.everyone(lambda: scorer.score(asked[world.rank :: world.size], advance))
-    scores: list[Score | None] = [None] * len(asked)
-    for rank, part in enumerate(world.gather(own)):
-        scores[rank :: world.size] = part
+    scores = _dealt(asked, lambda share: scorer.score(share, advance), world)
     return [
         Answer(problem.conversation, completion, problem.ground_truth, score)
         for problem, completion, score in zip(problems, completions, scores, strict=True)
-        if score is not None
     ]
+
+
+def _dealt(items: Sequence[Item], work: Callable[[Sequence[Item]], list[Result]], world: World) -> list[Result]:
+    """What `work` makes of each item, on every process, in their order; each process works on its share."""
+    own = world.everyone(lambda: work(items[world.rank :: world.size]))
+    results: dict[int, Result] = {}
+    for rank, part in enumerate(world.gather(own)):
+        results |= zip(range(rank, len(items), world.size), part, strict=True)
+    return [results[number] for number in range(len(items))]
 
 
 def check_judged(problems: Sequence[Problem], files: str, scorer: Scorer, rewards: Sequence[str]) -> str | None:
