@@ -98,29 +98,29 @@ def quickstart(folder: Path, seed: int) -> None:
 
 def sft_options(folder: Path, seed: int, *more: str) -> Resolved:
     """The options of the quickstart's fine-tuning: those of the recipe method=quickstart, and this folder's paths."""
-    return compose([
-        "method=quickstart",
-        f"model.path={folder / 'model'}",
-        f"data.train_files={folder / 'data' / 'train.parquet'}",
-        f"data.cache_dir={folder / 'cache'}",
-        f"trainer.default_local_dir={folder / 'sft'}",
-        f"trainer.seed={seed}",
-        f"trainer.device={HOST}",
-        *more,
-    ])  # fmt: skip
+    rows = folder / "data" / "train.parquet"
+    return _options(
+        "sft", "quickstart", folder / "model", rows, folder, seed, f"data.cache_dir={folder / 'cache'}", *more
+    )
 
 
 def grpo_options(folder: Path, seed: int, *more: str) -> Resolved:
     """The options of the quickstart's reinforcement learning: those of method=quickstart-grpo, and this folder's paths."""
+    return _options(
+        "grpo", "quickstart-grpo", folder / "sft", folder / "problems" / "prompts.jsonl", folder, seed, *more
+    )
+
+
+def _options(command: str, method: str, model: Path, rows: Path, folder: Path, seed: int, *more: str) -> Resolved:
     return compose([
-        "method=quickstart-grpo",
-        f"model.path={folder / 'sft'}",
-        f"data.train_files={folder / 'problems' / 'prompts.jsonl'}",
-        f"trainer.default_local_dir={folder / 'grpo'}",
+        f"method={method}",
+        f"model.path={model}",
+        f"data.train_files={rows}",
+        f"trainer.default_local_dir={folder / command}",
         f"trainer.seed={seed}",
         f"trainer.device={HOST}",
         *more,
-    ], "grpo")  # fmt: skip
+    ], command)  # fmt: skip
 
 
 def results_table(stages: list[Stage]) -> Table:
