@@ -7,10 +7,7 @@ from functools import partial
 
 from posttrain.config.checks import check_grpo
 from posttrain.config.schema import Config
-from posttrain.distributed.device import choose_device
-from posttrain.distributed.watchdog import watching
-from posttrain.distributed.world import join_world
-from posttrain.engine.build import build_engine, build_reference, kept_dtype
+from posttrain.engine.build import build_engine, build_reference
 from posttrain.engine.engine import Engine
 from posttrain.engine.export import assemble
 from posttrain.errors import RunError
@@ -23,7 +20,7 @@ from posttrain.loops.rollout_engine import adapter_rank, hand_over, open_rollout
 from posttrain.loops.sft import write_gradients
 from posttrain.loops.step_answers import StepAnswers, answers_a_group
 from posttrain.loops.training_data import chat_maker
-from posttrain.loops.training_run import TrainingRun
+from posttrain.loops.training_run import TrainingRun, joined
 from posttrain.loops.validation import accuracy_of
 from posttrain.rewards.score import open_scorer
 from posttrain.run.progress import Display
@@ -37,12 +34,8 @@ def grpo(config: Config, resolved_yaml: str, gradients_to: str | None = None, co
     """
     check_grpo(config)
     check_prompts_whole(config.tools, config.data.truncation)
-    device = choose_device(config.trainer.device)
-    dtype = device.compute_dtype(config.model.dtype)
     with (
-        watching(config.trainer.hang_timeout_seconds) as watchdog,
-        join_world(device, dtype, config.engine, watchdog, kept_dtype(config.model)) as world,
-        Display(world.is_main, watchdog.alive) as display,
+        joined(config) as (world, dtype, display),
         TrainingRun.open(config, resolved_yaml, world, display) as run,
         ExitStack() as opened,
     ):
@@ -63,7 +56,7 @@ def grpo(config: Config, resolved_yaml: str, gradients_to: str | None = None, co
             dropout=False,
         )  # fmt: skip
         reference = build_reference(engine, config.model, config.engine, dtype) if config.algorithm.kl_coef else None
-        make_model = partial(assemble, engine, dtype, device.torch_device)
+        make_model = partial(assemble, engine, dtype, world.device.torch_device)
         with open_rollout(
             config,
             engine.policy.lm,

@@ -10,14 +10,12 @@ from contextlib import ExitStack
 import numpy as np
 
 from posttrain.config.schema import Config
-from posttrain.distributed.device import choose_device
-from posttrain.distributed.watchdog import watching
-from posttrain.distributed.world import World, join_world
-from posttrain.engine.build import build_engine, kept_dtype
+from posttrain.distributed.world import World
+from posttrain.engine.build import build_engine
 from posttrain.engine.engine import Engine
 from posttrain.loops.step_log import StepWork
 from posttrain.loops.training_data import TrainingData, data_report, describe, open_training_data
-from posttrain.loops.training_run import TrainingRun
+from posttrain.loops.training_run import TrainingRun, joined
 from posttrain.loops.validation import open_judge, validate
 from posttrain.losses.sft import sft_loss
 from posttrain.rewards.score import Scorer
@@ -29,12 +27,8 @@ def sft(config: Config, resolved_yaml: str, gradients_to: str | None = None) -> 
 
     Raises InputError before training where something is wrong, RunError where a run cannot go on.
     """
-    device = choose_device(config.trainer.device)
-    dtype = device.compute_dtype(config.model.dtype)
     with (
-        watching(config.trainer.hang_timeout_seconds) as watchdog,
-        join_world(device, dtype, config.engine, watchdog, kept_dtype(config.model)) as world,
-        Display(world.is_main, watchdog.alive) as display,
+        joined(config) as (world, dtype, display),
         TrainingRun.open(config, resolved_yaml, world, display) as run,
         ExitStack() as opened,
     ):
@@ -76,12 +70,8 @@ def train(run: TrainingRun, engine: Engine, data: TrainingData, world: World, ju
 
 def evaluate_loss(config: Config) -> dict[str, float]:
     """The validation loss of a model, without training: what `--eval_only` prints."""
-    device = choose_device(config.trainer.device)
-    dtype = device.compute_dtype(config.model.dtype)
     with (
-        watching(config.trainer.hang_timeout_seconds) as watchdog,
-        join_world(device, dtype, config.engine, watchdog, kept_dtype(config.model)) as world,
-        Display(world.is_main, watchdog.alive) as display,
+        joined(config) as (world, dtype, display),
         ExitStack() as opened,
     ):
         data = open_training_data(config, world, display)

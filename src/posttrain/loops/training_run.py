@@ -16,7 +16,10 @@ import torch
 from posttrain.config.schema import Config
 from posttrain.data.batches import Schedule
 from posttrain.data.chat import ChatTokenizer
-from posttrain.distributed.world import World
+from posttrain.distributed.device import choose_device
+from posttrain.distributed.watchdog import watching
+from posttrain.distributed.world import World, join_world
+from posttrain.engine.build import kept_dtype
 from posttrain.engine.check import check_export
 from posttrain.engine.checkpoint import Checkpoints, Progress, read_progress
 from posttrain.engine.engine import Engine
@@ -31,6 +34,19 @@ from posttrain.run.metrics import Metrics, drop_after
 from posttrain.run.progress import Display
 from posttrain.run.signals import StopRequest, catching_signals
 from posttrain.run.trackers import check_trackers, start_trackers
+
+
+@contextmanager
+def joined(config: Config) -> Iterator[tuple[World, torch.dtype, Display]]:
+    """The processes that train together, watched for hangs, the number format that they compute in, and the main one's console."""
+    device = choose_device(config.trainer.device)
+    dtype = device.compute_dtype(config.model.dtype)
+    with (
+        watching(config.trainer.hang_timeout_seconds) as watchdog,
+        join_world(device, dtype, config.engine, watchdog, kept_dtype(config.model)) as world,
+        Display(world.is_main, watchdog.alive) as display,
+    ):
+        yield world, dtype, display
 
 
 class RunData(Protocol):
