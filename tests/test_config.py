@@ -483,7 +483,7 @@ def test_names_of_other_systems_are_translated_and_told():
     resolved = compose(["ulysses_sequence_parallel_size=2"])
     assert resolved.config.engine.ulysses_sequence_parallel_size == 2
     assert resolved.translated == [
-        {"given": "ulysses_sequence_parallel_size", "key": "engine.ulysses_sequence_parallel_size"}
+        {"given": "ulysses_sequence_parallel_size", "key": "engine.ulysses_sequence_parallel_size", "value": 2}
     ]
 
 

@@ -27,7 +27,7 @@ from posttrain.cli.begin import (
     is_main,
     print_json,
     resolve,
-    say_ignored,
+    say_resolved,
 )
 from posttrain.cli.data import data_app
 from posttrain.errors import InputError, RunError, RunStopped
@@ -71,7 +71,7 @@ def sft(
     if hand_to_processes(resolved):
         return
     if not eval_only:
-        say_ignored(resolved)
+        say_resolved(resolved)
         from posttrain.loops.sft import sft as run
 
         resolved = dated(resolved)
@@ -111,7 +111,7 @@ def grpo(
     check_needed(resolved, "grpo", needs_val=False)
     if hand_to_processes(resolved):
         return
-    say_ignored(resolved)
+    say_resolved(resolved)
     from posttrain.loops.grpo import grpo as run
 
     resolved = dated(resolved)
@@ -139,7 +139,7 @@ def evaluate(
         )
     if hand_to_processes(resolved):
         return
-    say_ignored(resolved, given_here=True)
+    say_resolved(resolved, given_here=True)
     output = output or home_of(resolved) / "evaluation.jsonl"
     from posttrain.loops.evaluate import evaluate as run
 

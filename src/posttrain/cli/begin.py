@@ -130,10 +130,17 @@ def home_of(resolved: Resolved) -> Path:
     return find_run(resolved.config.model.path or "") or Path()
 
 
-def say_ignored(resolved: Resolved, given_here: bool = False) -> None:
-    """Say which options have no effect: all, or those given on the command line, where the rest may be a run's that is read."""
-    for ignored in resolved.ignored if is_main() else []:
-        if not given_here or resolved.origins[ignored["key"]] == COMMAND_LINE:
+def say_resolved(resolved: Resolved, given_here: bool = False) -> None:
+    """Say what was read of another system's options, and which have no effect: all, or those given on the command line, where the
+    rest may be a run's that is read."""
+    from posttrain.config.describe import translations
+
+    if not is_main():
+        return
+    if told := translations(resolved):
+        print("\n  ".join(["read as options of posttrain (docs/moving_from_verl.md):", *told]), file=sys.stderr)
+    for ignored in resolved.ignored:
+        if not given_here or resolved.origins.get(ignored["key"], COMMAND_LINE) == COMMAND_LINE:
             print(f"no effect in this run: {ignored['key']}: {ignored['reason']}", file=sys.stderr)
 
 

@@ -1,7 +1,8 @@
 """Arguments and recipe files -> the options of a run, checked, each with where it came from.
 
-Later wins: the schema's defaults, the recipes that a file names under `defaults:` or the command line chooses, the
-file's own keys, values on the command line. Every problem is collected, so that one message names them all.
+Later wins: the schema's defaults, those of another system whose options are given, the recipes that a file names under
+`defaults:` or the command line chooses, the file's own keys, values on the command line. Every problem is collected, so that one
+message names them all.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from posttrain.config.arguments import (
     groups,
     packaged_recipe,
     parse,
+    recipes,
 )
 from posttrain.config.describe import (
     default_of,
@@ -36,7 +38,8 @@ from posttrain.config.describe import (
     type_name,
     types_of,
 )
-from posttrain.config.dialects import TRANSLATED
+from posttrain.config.dialects.tables import row_of, tables_of
+from posttrain.config.dialects.translate import Setting, Translation, translate
 from posttrain.config.ignored import options_without_effect
 from posttrain.config.schema import Config
 from posttrain.errors import InputError
@@ -48,12 +51,12 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Resolved:
     """The options of a run. `origins` says of each where it was set last; `ignored` names those without effect; `translated`
-    those that were given by another name."""
+    those that were given by another name, each as {given, key, value}."""
 
     config: Config
     origins: dict[str, str]
     ignored: list[dict[str, str]]
-    translated: list[dict[str, str]]
+    translated: list[dict[str, Any]]
 
     def as_yaml(self) -> str:
         """Every option as a recipe file that gives this config again."""
@@ -77,28 +80,37 @@ def compose(arguments: list[str], command: str | None = None) -> Resolved:
     other command. Raises InputError with every problem that there is."""
     draft = _Draft(command)
     if command == "grpo":
-        draft.put_recipe(replace(packaged_recipe("method", "grpo"), origin=DEFAULT_OF_COMMAND))
+        draft.put_all(_settings(replace(packaged_recipe("method", "grpo"), origin=DEFAULT_OF_COMMAND)))
     files: list[Recipe] = []
-    choices: list[Override] = []
     overrides: list[Override] = []
     for argument in arguments:
         with draft.collecting():
             match parse(argument):
                 case Recipe() as file:
                     files.append(file)
-                case Override(key=key, value=value) as given:
-                    is_choice = key in groups() and not isinstance(value, dict)
-                    (choices if is_choice else overrides).append(given)
-    chosen = _chosen(files, choices)
+                case Override() as given:
+                    overrides.append(given)
+    is_choice = {id(given): _is_choice(given, command) for given in overrides}
+    chosen = _chosen(files, [given for given in overrides if is_choice[id(given)]])
+    settings = [setting for file in files for setting in _settings(file)]
+    settings += [setting for given in overrides if not is_choice[id(given)] for setting in _settings_of(given)]
+    found = translate(settings, command, frozenset(options()))
+    draft.problems += found.problems
+    draft.put_all(found.defaults)
     for group in groups():
         for name in chosen.get(group, []):
             with draft.collecting():
-                draft.put_recipe(packaged_recipe(group, name))
-    for file in files:
-        draft.put_recipe(file)
-    for override in overrides:
-        draft.put_override(override)
-    return draft.resolved()
+                draft.put_all(_settings(packaged_recipe(group, name)))
+    draft.put_all(found.settings)
+    return draft.resolved(found)
+
+
+def _is_choice(given: Override, command: str | None) -> bool:
+    """Whether it chooses recipes of ours: `model=gemma2-2b`, not another system's `engine=fsdp`."""
+    if given.key not in groups() or isinstance(given.value, dict):
+        return False
+    names = given.text if isinstance(given.text, list) else [given.text]
+    return row_of(tables_of(command), given.key) is None or any(name in recipes().get(given.key, []) for name in names)
 
 
 def _chosen(files: list[Recipe], choices: list[Override]) -> dict[str, list[str]]:
@@ -112,6 +124,17 @@ def _chosen(files: list[Recipe], choices: list[Override]) -> dict[str, list[str]
     return chosen
 
 
+def _settings(recipe: Recipe) -> list[Setting]:
+    texts = dict(_flat(recipe.texts))
+    return [Setting(key, value, texts.get(key, str(value)), recipe.origin) for key, value in _flat(recipe.values)]
+
+
+def _settings_of(given: Override) -> list[Setting]:
+    if isinstance(given.value, dict):
+        return [Setting(key, value, str(value), COMMAND_LINE) for key, value in _flat({given.key: given.value})]
+    return [Setting(given.key, given.value, given.text, COMMAND_LINE, reset=given.sign == "~")]
+
+
 @dataclass
 class _Draft:
     """Values by dotted key as they come in, those inside free mappings too, and what is wrong with them."""
@@ -120,7 +143,6 @@ class _Draft:
     values: dict[str, Any] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=lambda: dict.fromkeys(options(), DEFAULT))
     problems: list[str] = field(default_factory=list)
-    translated: list[dict[str, str]] = field(default_factory=list)
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
@@ -129,41 +151,23 @@ class _Draft:
         except InputError as error:
             self.problems.append(str(error))
 
-    def put_recipe(self, recipe: Recipe) -> None:
-        texts = dict(_flat(recipe.texts))
-        for key, value in _flat(recipe.values):
-            self.put(key, value, texts.get(key, str(value)), recipe.origin)
+    def put_all(self, settings: list[Setting]) -> None:
+        for setting in settings:
+            self.put(setting)
 
-    def put_override(self, override: Override) -> None:
-        if override.sign == "~":
-            self.reset(override.key)
-        elif isinstance(override.value, dict):
-            for key, value in _flat({override.key: override.value}):
-                self.put(key, value, str(value), COMMAND_LINE)
-        else:
-            self.put(override.key, override.value, override.text, COMMAND_LINE)
-
-    def put(self, key: str, value: Any, text: Any, origin: str) -> None:
-        key = self._our_name(key)
-        option = _option_of(key)
+    def put(self, setting: Setting) -> None:
+        key, option = setting.key, _option_of(setting.key)
         if option is None:
-            self.problems.append(_unknown(key, origin, self.command))
+            self.problems.append(_unknown(key, setting.origin, self.command))
             return
         self._forget(key)
-        self.values[key] = _as_asked(option, value, text)
-        self.origins[option] = origin
-
-    def reset(self, key: str) -> None:
-        key = self._our_name(key)
-        option = _option_of(key)
-        if option is None:
-            self.problems.append(_unknown(key, COMMAND_LINE, self.command))
-            return
-        self._forget(key)
-        if not any(_is_within(known, option) for known in self.values):
+        if not setting.reset:
+            self.values[key] = _as_asked(option, setting.value, setting.text)
+            self.origins[option] = setting.origin
+        elif not any(_is_within(known, option) for known in self.values):
             self.origins[option] = DEFAULT
 
-    def resolved(self) -> Resolved:
+    def resolved(self, found: Translation) -> Resolved:
         tree = self._interpolated()
         try:
             config = Config.model_validate(tree)
@@ -171,14 +175,8 @@ class _Draft:
             self.problems += _wrong_values(error, self.origins)
         if self.problems:
             raise InputError("\n".join(self.problems))
-        return Resolved(
-            config, self.origins, options_without_effect(config, self.origins, self.command), self.translated
-        )
-
-    def _our_name(self, key: str) -> str:
-        if key in TRANSLATED:
-            self.translated.append({"given": key, "key": TRANSLATED[key]})
-        return TRANSLATED.get(key, key)
+        without_effect = options_without_effect(config, self.origins, self.command)
+        return Resolved(config, self.origins, found.ignored + without_effect, found.translated)
 
     def _forget(self, key: str) -> None:
         """Drop what `key` replaces: itself, what is inside it, what it would be inside of."""
@@ -266,28 +264,28 @@ def _unknown(key: str, origin: str, command: str | None) -> str:
     section = key.partition(".")[0]
     if key in groups():
         return f"{key} ({origin}): expected options below it; a recipe is chosen by `- {key}: name` under `defaults:`."
-    near = (
-        f" Nearest: {', '.join(_nearest(key))}."
-        if _nearest(key)
-        else f" `posttrain {command or 'sft'} --help` lists them."
-    )
+    near = _nearest(key, command)
+    hint = f" Nearest: {', '.join(near)}." if near else f" `posttrain {command or 'sft'} --help` lists them."
     if "." not in key or section in sections():
-        return f"{key} ({origin}): there is no such option.{near}"
-    return f"{key} ({origin}): there is no section '{section}', only {', '.join(sections())}.{near}"
+        return f"{key} ({origin}): there is no such option.{hint}"
+    return f"{key} ({origin}): there is no section '{section}', only {', '.join(sections())}.{hint}"
 
 
-def _nearest(key: str) -> list[str]:
-    """The options that are written alike, or whose sentence says the same words."""
+def _nearest(key: str, command: str | None) -> list[str]:
+    """The options that are written alike, or whose sentence says the same words; another system's where the section is theirs."""
     name = key.rpartition(".")[2]
     said = re.compile(rf"\b{re.escape(name.replace('_', ' '))}\b")
 
     def likeness(option: str) -> float:
-        if said.search(options()[option].description or ""):
+        if option in options() and said.search(options()[option].description or ""):
             return 1.0
         pairs = ((key, option), (name, option.rpartition(".")[2]))
         return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
 
-    return [option for option in sorted(options(), key=likeness, reverse=True)[:3] if likeness(option) > 0.6]
+    ours = [option for option in sorted(options(), key=likeness, reverse=True)[:3] if likeness(option) > 0.6]
+    theirs = [option for table in tables_of(command) for option in table.rows if option not in options()]
+    close = difflib.get_close_matches(key, theirs, n=2, cutoff=0.8)
+    return ours or close if key.partition(".")[0] in sections() else close or ours
 
 
 def _unresolved(key: str, value: Any, origin: str, error: Exception) -> str:

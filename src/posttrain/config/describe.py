@@ -111,7 +111,21 @@ def describe_resolved(resolved: Resolved) -> RenderableType:
             style = "dim" if origin == "default" else ""
             table.add_row(Text(f"  {option}", style), Text(shown(value), style or "cyan"), Text(origin, "dim"))
     notes = [Text(f"{note['key']} has no effect: {note['reason']}", "yellow") for note in resolved.ignored]
-    return Group(table, *notes)
+    return Group(table, *(Text(line, "cyan") for line in translations(resolved)), *notes)
+
+
+def translations(resolved: Resolved) -> list[str]:
+    """What was read of another system's options, a line each, and which of its defaults hold."""
+    from posttrain.config.arguments import DEFAULT_OF_OTHER
+
+    lines = [f"{note['given']} -> {note['key']}={shown(note['value'])}" for note in resolved.translated]
+    kept = [key for key, origin in resolved.origins.items() if origin.startswith(DEFAULT_OF_OTHER)]
+    values = resolved.config.model_dump()
+    for origin in dict.fromkeys(resolved.origins[key] for key in kept):
+        held = (key.split(".") for key in kept if resolved.origins[key] == origin)
+        told = ", ".join(f"{section}.{option}={shown(values[section][option])}" for section, option in held)
+        lines.append(f"{origin}, where it changes the result: {told}")
+    return lines
 
 
 def _plain_types(annotation: Any) -> set[type]:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from posttrain.config.arguments import COMMAND_LINE, DEFAULT, DEFAULT_OF_COMMAND
+from posttrain.config.arguments import COMMAND_LINE, DEFAULT, DEFAULT_OF_COMMAND, DEFAULT_OF_OTHER
 from posttrain.config.describe import default_of
 from posttrain.config.schema import (
     BUILT_IN_REWARDS,
@@ -26,7 +26,8 @@ def options_without_effect(config: Config, origins: dict[str, str], command: str
     def was_chosen(key: str) -> bool:
         section, option = key.split(".")
         differs = getattr(getattr(config, section), option) != default_of(key)
-        return origins[key] == COMMAND_LINE or (origins[key] not in (DEFAULT, DEFAULT_OF_COMMAND) and differs)
+        is_nobodys = origins[key] in (DEFAULT, DEFAULT_OF_COMMAND) or origins[key].startswith(DEFAULT_OF_OTHER)
+        return origins[key] == COMMAND_LINE or (differs and not is_nobodys)
 
     return [{"key": key, "reason": reason} for key, reason in _without_effect(config, command) if was_chosen(key)]
 
