@@ -19,7 +19,7 @@ METHOD = "method"  # the one group of recipes that is not named after a section
 # where a value can come from, besides `recipe group/name` and `file path`
 DEFAULT = "default"
 DEFAULT_OF_COMMAND = "default of this command"
-DEFAULT_OF_OTHER = "default of "  # and then the system whose options were given
+DEFAULT_OF_OTHER = "'s default"  # after the name of the system whose options were given
 COMMAND_LINE = "command line"
 
 

@@ -119,7 +119,7 @@ def translations(resolved: Resolved) -> list[str]:
     from posttrain.config.arguments import DEFAULT_OF_OTHER
 
     lines = [f"{note['given']} -> {note['key']}={shown(note['value'])}" for note in resolved.translated]
-    kept = [key for key, origin in resolved.origins.items() if origin.startswith(DEFAULT_OF_OTHER)]
+    kept = [key for key, origin in resolved.origins.items() if origin.endswith(DEFAULT_OF_OTHER)]
     values = resolved.config.model_dump()
     for origin in dict.fromkeys(resolved.origins[key] for key in kept):
         held = (key.split(".") for key in kept if resolved.origins[key] == origin)

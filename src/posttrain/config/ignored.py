@@ -26,7 +26,7 @@ def options_without_effect(config: Config, origins: dict[str, str], command: str
     def was_chosen(key: str) -> bool:
         section, option = key.split(".")
         differs = getattr(getattr(config, section), option) != default_of(key)
-        is_nobodys = origins[key] in (DEFAULT, DEFAULT_OF_COMMAND) or origins[key].startswith(DEFAULT_OF_OTHER)
+        is_nobodys = origins[key] in (DEFAULT, DEFAULT_OF_COMMAND) or origins[key].endswith(DEFAULT_OF_OTHER)
         return origins[key] == COMMAND_LINE or (differs and not is_nobodys)
 
     return [{"key": key, "reason": reason} for key, reason in _without_effect(config, command) if was_chosen(key)]

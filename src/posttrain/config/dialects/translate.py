@@ -121,7 +121,7 @@ class _Work:
 
     def _default(self, key: str, value: Any) -> Setting:
         assert self.version
-        return Setting(key, value, str(value), f"{DEFAULT_OF_OTHER}{self.version[0]}")
+        return Setting(key, value, str(value), f"{self.version[0]}{DEFAULT_OF_OTHER}")
 
     def _told(self, key: str, made: Setting) -> Setting:
         if key not in self.ours:
