@@ -13,6 +13,8 @@ import typer
 from posttrain import __version__
 from posttrain.cli.begin import (
     AsJson,
+    ConfigName,
+    ConfigPath,
     DataPath,
     DumpGradients,
     Help,
@@ -25,6 +27,7 @@ from posttrain.cli.begin import (
     hand_to_processes,
     home_of,
     is_main,
+    of_hydra,
     print_json,
     resolve,
     say_resolved,
@@ -56,6 +59,8 @@ def sft(
     print_config: PrintConfig = False,
     as_json: AsJson = False,
     dump_gradients: DumpGradients = None,
+    config_path: ConfigPath = None,
+    config_name: ConfigName = None,
     help_: Help = False,
 ) -> None:
     """Fine-tune a chat model on conversations (supervised fine-tuning)."""
@@ -63,6 +68,7 @@ def sft(
         _print_help(context)
         return
     given = {"model.path": model, "data.train_files": data_path, "trainer.default_local_dir": output_dir}
+    options = [*of_hydra(config_path, config_name), *(options or [])]
     resolved = resolve(options, given, model if eval_only else None, "sft")
     if print_config:
         _print_config(resolved, as_json)
@@ -97,6 +103,8 @@ def grpo(
     completions: Annotated[
         str | None, typer.Option("--completions", help="Learn from the answers in this file (JSON lines).")
     ] = None,
+    config_path: ConfigPath = None,
+    config_name: ConfigName = None,
     help_: Help = False,
 ) -> None:
     """Let a model learn from its own answers and their rewards (GRPO, reinforcement learning)."""
@@ -104,7 +112,7 @@ def grpo(
         _print_help(context)
         return
     given = {"model.path": model, "data.train_files": data_path, "trainer.default_local_dir": output_dir}
-    resolved = resolve(options, given, None, "grpo")
+    resolved = resolve([*of_hydra(config_path, config_name), *(options or [])], given, None, "grpo")
     if print_config:
         _print_config(resolved, as_json)
         return

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from posttrain.config.arguments import COMMAND_LINE
+from posttrain.config.arguments import COMMAND_LINE, CONFIG_NAME
 from posttrain.errors import InputError
 
 if TYPE_CHECKING:
@@ -31,6 +31,10 @@ PrintConfig = Annotated[bool, typer.Option("--print_config", help="Print the res
 AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable output.")]
 DumpGradients = Annotated[
     str | None, typer.Option("--dump_gradients", help="Write the first update's gradients there and stop.")
+]
+ConfigPath = Annotated[str | None, typer.Option("--config-path", "-cp", help="Folder of --config-name.", hidden=True)]
+ConfigName = Annotated[
+    str | None, typer.Option("--config-name", "-cn", help="As Hydra has it: a file of options.", hidden=True)
 ]
 Help = Annotated[bool, typer.Option("--help", is_eager=True, help="Show this and every option.")]
 # of a run's saved options, those that say where and how it trained, not what it made
@@ -61,6 +65,15 @@ def resolve(
         flags += ["~data.chat_template", "~model.lora_rank", "~model.lora_adapter_path"]
     here = [f"~{option}" for option in OF_TRAINING] if run else []
     return compose([*saved, *here, *(options or []), *flags], command)
+
+
+def of_hydra(config_path: str | None, config_name: str | None) -> list[str]:
+    """Hydra's two flags as an argument: the file that they name, or the name of another system's own."""
+    if config_name is None:
+        return []
+    name = config_name.removesuffix(".yaml")
+    file = Path(config_path or "", f"{name}.yaml")
+    return [str(file)] if file.exists() else [f"{CONFIG_NAME}={name}"]
 
 
 def dated(resolved: Resolved) -> Resolved:

@@ -38,12 +38,16 @@ class Override:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A YAML file of options: its own keys, the same with every scalar as text, and the recipes that it builds on."""
+    """A YAML file of options: its own keys, the same with every scalar as text, and what it builds on: group -> recipes, by
+    whatever names it uses for groups."""
 
     origin: str
     values: dict[str, Any]
     texts: dict[str, Any]
     choices: dict[str, list[str]]
+
+
+CONFIG_NAME = "--config-name"  # what a file builds on that is no group: Hydra's name for a whole file of options
 
 
 def groups() -> tuple[str, ...]:
@@ -175,15 +179,21 @@ def _choices(defaults: Any, origin: str) -> dict[str, list[str]]:
         match entry:
             case "_self_" if place == len(defaults) - 1:
                 continue  # a file's own keys come after its defaults anyway
-            case dict() if len(entry) == 1 and set(entry) <= set(groups()):
+            case dict() if len(entry) == 1:
                 [(group, names)] = entry.items()
                 choices.setdefault(group, []).extend(map(str, names if isinstance(names, list) else [names]))
+            case str() if entry != "_self_":
+                choices.setdefault(CONFIG_NAME, []).append(entry)
             case _:
-                raise InputError(
-                    f"{origin}: found {entry!r} under `defaults:`, expected entries such as `- model: qwen2.5-0.5b`, "
-                    f"of the groups {', '.join(recipes())}; `_self_` only as the last."
-                )
+                raise wrong_choice(origin, entry)
     return choices
+
+
+def wrong_choice(origin: str, entry: object) -> InputError:
+    return InputError(
+        f"{origin}: found {entry!r} under `defaults:`, expected entries such as `- model: qwen2.5-0.5b`, of the groups "
+        f"{', '.join(recipes())}; `_self_` only as the last."
+    )
 
 
 def _meant(word: str) -> str:

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from posttrain.config.arguments import (
     COMMAND_LINE,
+    CONFIG_NAME,
     DEFAULT,
     DEFAULT_OF_COMMAND,
     Override,
@@ -27,6 +28,7 @@ from posttrain.config.arguments import (
     packaged_recipe,
     parse,
     recipes,
+    wrong_choice,
 )
 from posttrain.config.describe import (
     default_of,
@@ -82,19 +84,22 @@ def compose(arguments: list[str], command: str | None = None) -> Resolved:
     if command == "grpo":
         draft.put_all(_settings(replace(packaged_recipe("method", "grpo"), origin=DEFAULT_OF_COMMAND)))
     files: list[Recipe] = []
-    overrides: list[Override] = []
+    choices: list[Override] = []
+    in_files: list[Setting] = []
+    on_line: list[Setting] = []
     for argument in arguments:
         with draft.collecting():
             match parse(argument):
                 case Recipe() as file:
+                    file, theirs = _own_choices(file, command)
                     files.append(file)
+                    in_files += [*theirs, *_settings(file)]
+                case Override(value=value) as given if not isinstance(value, dict) and _is_choice(given, command):
+                    choices.append(given)
                 case Override() as given:
-                    overrides.append(given)
-    is_choice = {id(given): _is_choice(given, command) for given in overrides}
-    chosen = _chosen(files, [given for given in overrides if is_choice[id(given)]])
-    settings = [setting for file in files for setting in _settings(file)]
-    settings += [setting for given in overrides if not is_choice[id(given)] for setting in _settings_of(given)]
-    found = translate(settings, command, frozenset(options()))
+                    on_line += _settings_of(given)
+    chosen = _chosen(files, choices)
+    found = translate(in_files + on_line, tables_of(command), frozenset(options()))
     draft.problems += found.problems
     draft.put_all(found.defaults)
     for group in groups():
@@ -107,10 +112,23 @@ def compose(arguments: list[str], command: str | None = None) -> Resolved:
 
 def _is_choice(given: Override, command: str | None) -> bool:
     """Whether it chooses recipes of ours: `model=gemma2-2b`, not another system's `engine=fsdp`."""
-    if given.key not in groups() or isinstance(given.value, dict):
-        return False
     names = given.text if isinstance(given.text, list) else [given.text]
-    return row_of(tables_of(command), given.key) is None or any(name in recipes().get(given.key, []) for name in names)
+    is_theirs = row_of(tables_of(command), given.key) and not any(
+        name in recipes().get(given.key, []) for name in names
+    )
+    return given.key in groups() and not is_theirs
+
+
+def _own_choices(file: Recipe, command: str | None) -> tuple[Recipe, list[Setting]]:
+    """The file with choices of our recipes alone, and what else it builds on as settings of another system."""
+    asked = [Override("", group, names, names) for group, names in file.choices.items()]
+    own = {choice.key: choice.value for choice in asked if _is_choice(choice, command)}
+    theirs = [Setting(c.key, name, name, file.origin) for c in asked if c.key not in own for name in c.value]
+    for setting in theirs:
+        if row_of(tables_of(command), setting.key) is None:
+            entry = setting.value if setting.key == CONFIG_NAME else {setting.key: setting.value}
+            raise wrong_choice(file.origin, entry)
+    return replace(file, choices=own), theirs
 
 
 def _chosen(files: list[Recipe], choices: list[Override]) -> dict[str, list[str]]:

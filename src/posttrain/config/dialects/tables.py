@@ -5,7 +5,7 @@ than another name. docs/dialects.md describes their form.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -74,8 +74,9 @@ def row_of(tables: tuple[Table, ...], key: str) -> Row | None:
 
 @cache
 def tables_of(command: str | None) -> tuple[Table, ...]:
-    """Those that hold in a command: sft, grpo or, None, any other."""
-    return tuple(read_table(name) for name in OF_COMMAND[command] if (FOLDER / f"{name}.yaml").exists())
+    """Those that hold in a command: sft, grpo or, None, any other, which trains nothing, so that nobody's defaults count."""
+    found = tuple(read_table(name) for name in OF_COMMAND[command])
+    return found if command else tuple(replace(table, versions=()) for table in found)
 
 
 @cache

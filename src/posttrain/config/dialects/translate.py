@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from posttrain.config.arguments import DEFAULT_OF_OTHER
-from posttrain.config.dialects.tables import Row, Rule, Table, Version, as_written, row_of, tables_of
+from posttrain.config.dialects.tables import Row, Rule, Table, Version, as_written, row_of
 from posttrain.errors import InputError
 
 
@@ -35,9 +35,8 @@ class Translation:
     problems: list[str] = field(default_factory=list)
 
 
-def translate(settings: list[Setting], command: str | None, ours: frozenset[str]) -> Translation:
+def translate(settings: list[Setting], tables: tuple[Table, ...], ours: frozenset[str]) -> Translation:
     """The settings with every option that a table knows replaced. `ours` are the names of our own options."""
-    tables = tables_of(command)
     given: dict[str, tuple[int, Setting]] = {}
     kept: list[tuple[int, Setting]] = []
     for place, setting in enumerate(settings):
@@ -47,9 +46,7 @@ def translate(settings: list[Setting], command: str | None, ours: frozenset[str]
         given.pop(setting.key, None)  # the last wins
         if not setting.reset:
             given[setting.key] = place, setting
-    work = _Work(tables, given, ours)
-    if command is not None:
-        work.version = _version(tables, given.keys() - ours)
+    work = _Work(tables, given, ours, _version(tables, given.keys() - ours))
     for place, setting in given.values():
         row = row_of(tables, setting.key)
         if row and not row.rule:

@@ -1,0 +1,134 @@
+"""How options of other systems are read, on a table of its own; what verl's tables say is in test_verl_*.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from posttrain.config.arguments import Override, parse
+from posttrain.config.compose import compose
+from posttrain.config.describe import options
+from posttrain.config.dialects.tables import Row, Table, Version
+from posttrain.config.dialects.translate import Setting, Translation, translate
+from posttrain.errors import InputError
+
+
+def rows_of_a_step(given) -> dict[str, Any]:
+    if given("batch") == "all":
+        raise InputError("batch=all: a step needs a number of rows.")
+    return {"data.train_batch_size": given("batch") * (given("accumulate") or 1)}
+
+
+ROWS = [
+    Row("rate", ("optim.lr",)),
+    Row("course", ("optim.lr_scheduler_type",), values={"cos": "cosine", "none": None}),
+    Row("template.*", ("data.chat_template_kwargs.*",)),
+    Row("batch", ("data.train_batch_size",), rule=rows_of_a_step),
+    Row("accumulate", ("data.train_batch_size",), rule=rows_of_a_step),
+    Row("shard", accepts=("fsdp", "fsdp2"), ignored="weights are sharded anyway", refused="choose fsdp"),
+    Row("prefetch", ignored="blocks are fetched ahead anyway"),
+    Row("tensor.*", refused="there is no tensor parallelism"),
+    Row("optim.lr_warmup_steps", ("optim.lr_warmup_steps",), values={"-1": None}),
+]
+OLD = Version("old", ("rate",), {"batch": 256, "optim.weight_decay": 0.3, "course": "cos"})
+NEW = Version("new", ("course", "shard"), {"rate": 0.5})
+TABLE = Table("other_sft", {row.key: row for row in ROWS}, (OLD, NEW))
+
+
+def read(*arguments: str) -> Translation:
+    settings = []
+    for argument in arguments:
+        given = parse(argument)
+        assert isinstance(given, Override)
+        settings.append(Setting(given.key, given.value, given.text, "command line", given.sign == "~"))
+    return translate(settings, (TABLE,), frozenset(options()))
+
+
+def values(*arguments: str) -> list[tuple[str, Any]]:
+    return [(setting.key, setting.value) for setting in read(*arguments).settings]
+
+
+def defaults(*arguments: str) -> dict[str, Any]:
+    return {setting.key: setting.value for setting in read(*arguments).defaults}
+
+
+def test_another_name_becomes_ours_at_its_place():
+    assert values("optim.lr=1", "rate=2") == [("optim.lr", 1), ("optim.lr", 2)]
+    assert values("rate=2", "optim.lr=1") == [("optim.lr", 2), ("optim.lr", 1)]
+    assert read("+rate=2").translated == [{"given": "rate", "key": "optim.lr", "value": 2}]
+
+
+def test_of_the_same_option_twice_the_last_is_read():
+    assert values("rate=1", "rate=2") == [("optim.lr", 2)]
+    assert values("rate=1", "~rate") == []
+
+
+def test_values_have_other_names():
+    assert values("course=cos") == [("optim.lr_scheduler_type", "cosine")]
+    assert values("course=none") == []
+    assert values("course=linear") == [("optim.lr_scheduler_type", "linear")]
+
+
+def test_null_is_as_if_not_given():
+    assert values("rate=null") == []
+
+
+def test_an_option_of_ours_may_have_a_row_too():
+    assert values("optim.lr_warmup_steps=-1") == []
+    assert values("optim.lr_warmup_steps=3") == [("optim.lr_warmup_steps", 3)]
+    assert read("optim.lr_warmup_steps=3").translated == []
+
+
+def test_all_below_a_section_keeps_its_names():
+    assert values("template.date=x", "+template.a.b=1") == [
+        ("data.chat_template_kwargs.date", "x"),
+        ("data.chat_template_kwargs.a.b", 1),
+    ]
+
+
+def test_a_rule_reads_all_its_options_at_the_place_of_the_last():
+    assert values("batch=4", "optim.lr=1", "accumulate=8") == [("optim.lr", 1), ("data.train_batch_size", 32)]
+    assert read("batch=4", "accumulate=8").translated == [
+        {"given": "batch, accumulate", "key": "data.train_batch_size", "value": 32}
+    ]
+    assert read("batch=all").problems == ["batch=all: a step needs a number of rows."]
+
+
+@pytest.mark.parametrize("argument", ["shard=fsdp", "shard=FSDP2", "prefetch=true", "tensor.size=null"])
+def test_what_changes_nothing_is_told(argument: str):
+    found = read(argument)
+    assert found.settings == [] and found.problems == []
+    assert [note["key"] for note in found.ignored] == [argument.partition("=")[0]]
+
+
+@pytest.mark.parametrize("argument", ["shard=megatron", "shard=null", "tensor.size=2"])
+def test_what_cannot_be_honoured_is_refused_by_name(argument: str):
+    (problem,) = read(argument).problems
+    assert problem.startswith(f"{argument} (command line): ")
+
+
+def test_the_defaults_of_the_version_whose_options_were_given_hold():
+    assert defaults("rate=1") == {
+        "data.train_batch_size": 256,
+        "optim.weight_decay": 0.3,
+        "optim.lr_scheduler_type": "cosine",
+    }
+    assert defaults("course=cos", "shard=fsdp", "prefetch=true") == {"optim.lr": 0.5}
+    assert defaults("prefetch=true") == {}, "an option that all versions have tells nothing"
+    assert defaults("optim.lr=1") == {}
+
+
+def test_what_was_given_stands_over_a_default_and_completes_it():
+    assert defaults("rate=1", "optim.weight_decay=0.1", "course=linear") == {"data.train_batch_size": 256}
+    assert ("data.train_batch_size", 512) in values("rate=1", "accumulate=2")
+
+
+def test_lists_may_be_left_in_quotes():
+    assert values("batch='4'") == [("data.train_batch_size", "4")]
+    assert read("shard='[fsdp]'").problems != []
+
+
+def test_an_unknown_option_names_the_nearest_of_the_other_system():
+    with pytest.raises(InputError, match=r"custom_reward_function\.path"):
+        compose(["custom_reward_function.pth=x.py"], "grpo")
