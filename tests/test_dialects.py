@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from posttrain.config.arguments import Override, parse
 from posttrain.config.compose import compose
-from posttrain.config.describe import options
-from posttrain.config.dialects.tables import Row, Table, Version
+from posttrain.config.describe import is_free, options
+from posttrain.config.dialects.document import PAGES, page
+from posttrain.config.dialects.tables import Row, Table, Version, read_table
 from posttrain.config.dialects.translate import Setting, Translation, translate
 from posttrain.errors import InputError
+
+ROOT = Path(__file__).parents[1]
 
 
 def rows_of_a_step(given) -> dict[str, Any]:
@@ -132,3 +136,21 @@ def test_lists_may_be_left_in_quotes():
 def test_an_unknown_option_names_the_nearest_of_the_other_system():
     with pytest.raises(InputError, match=r"custom_reward_function\.path"):
         compose(["custom_reward_function.pth=x.py"], "grpo")
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_pages_show_the_tables_as_they_are(name: str):
+    assert (ROOT / "docs" / name).read_text(encoding="utf-8") == page(name), (
+        "render them again, as docs/dialects.md says"
+    )
+
+
+@pytest.mark.parametrize("name", ["verl_sft", "verl_grpo", "tutorials"])
+def test_tables_lead_to_options_that_exist(name: str):
+    table = read_table(name)
+    known = {*options(), *(f"{option}.*" for option in options() if is_free(option))}
+    assert [(row.key, ours) for row in table.rows.values() for ours in row.becomes if ours not in known] == []
+    assert [row.key for row in table.rows.values() if not (row.becomes or row.ignored or row.refused)] == []
+    for version in table.versions:
+        assert [key for key in version.defaults if not (table.row(key) or key in options())] == []
+        assert [key for key in version.known_by if not table.row(key.removesuffix(".*"))] == []
