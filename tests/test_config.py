@@ -279,7 +279,6 @@ def test_unknown_section_lists_the_sections():
         ("optim.lr=-1", "-1", "float > 0"),
         ("trainer.seed=true", "'true'", "int >= 0"),
         ("data.max_length=2.5", "2.5", "int > 0"),
-        ("data.max_length=null", "null", "int > 0"),
         ("data.micro_batch_size_per_gpu=0", "0", "int > 0 | null"),
         ("data.truncation=cut", "'cut'", "error | drop | left | right"),
         ("data.packing=perhaps", "'perhaps'", "true | false"),

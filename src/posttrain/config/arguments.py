@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from posttrain.config.describe import options, sections
-from posttrain.config.schema import expand_path
+from posttrain.config.schema import expand_path, is_template
 from posttrain.errors import InputError
 
 RECIPES = Path(__file__).with_name("recipes")
@@ -106,20 +106,31 @@ def _parse_value(argument: str, raw: str) -> Any:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
+    if raw.lstrip().startswith(("{%", "{{", "{#")):
+        return _as_it_stands(raw)
     try:
         parsed = OverridesParser.create().parse_override(f"value={raw}")
     except HydraException:
-        return _parse_what_hydra_rejects(argument, raw.strip())
+        return _parse_what_hydra_rejects(argument, raw)
     if parsed.is_sweep_override():
         raise InputError(
             f"{argument}: this is a sweep over several runs, and posttrain does one at a time. Write a list as [a,b], "
             "and text with commas in quotes."
         )
-    return parsed.value()
+    value = parsed.value()
+    return _as_it_stands(value) if isinstance(value, str) and is_template(value) else value
+
+
+def _as_it_stands(template: str) -> str:
+    """A Jinja template as text of which nothing is an interpolation."""
+    return template.replace("${", "\\${")
 
 
 def _parse_what_hydra_rejects(argument: str, raw: str) -> Any:
-    """Plain text that its grammar has no place for, such as ~/x and é, alone or in a list or mapping."""
+    """Plain text that its grammar has no place for, such as ~/x and é, alone or in a list or mapping, and templates."""
+    if is_template(raw):
+        return _as_it_stands(raw)
+    raw = raw.strip()
     if not raw.startswith(("[", "{", "'", '"')):
         return raw
     from omegaconf.errors import OmegaConfBaseException

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from types import NoneType
 from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import ValidationError
@@ -161,6 +162,7 @@ class _Draft:
     values: dict[str, Any] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=lambda: dict.fromkeys(options(), DEFAULT))
     problems: list[str] = field(default_factory=list)
+    nulls: set[str] = field(default_factory=set)  # options given as null that are never null
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
@@ -179,7 +181,11 @@ class _Draft:
             self.problems.append(_unknown(key, setting.origin, self.command))
             return
         self._forget(key)
-        if not setting.reset:
+        self.nulls.discard(key)
+        is_null = setting.value is None and key == option and NoneType not in types_of(option)
+        if is_null and not setting.reset and default_of(option):
+            self.nulls.add(key)
+        if not setting.reset and not is_null:
             self.values[key] = _as_asked(option, setting.value, setting.text)
             self.origins[option] = setting.origin
         elif not any(_is_within(known, option) for known in self.values):
@@ -194,7 +200,11 @@ class _Draft:
         if self.problems:
             raise InputError("\n".join(self.problems))
         without_effect = options_without_effect(config, self.origins, self.command)
-        return Resolved(config, self.origins, found.ignored + without_effect, found.translated)
+        nulls = [
+            {"key": key, "reason": f"null leaves it at its default, {shown(default_of(key))}"}
+            for key in sorted(self.nulls)
+        ]
+        return Resolved(config, self.origins, found.ignored + nulls + without_effect, found.translated)
 
     def _forget(self, key: str) -> None:
         """Drop what `key` replaces: itself, what is inside it, what it would be inside of."""

@@ -92,9 +92,10 @@ def _of_answers(config: Config) -> Iterator[tuple[str, str]]:
             )
     if config.data.max_prompt_length is None and not config.tools.functions:
         yield "data.truncation", "data.max_prompt_length is not given, so that no prompt is too long"
-    if config.model.lora_rank and not config.model.lora_adapter_path:
+    adapted = config.model.lora_rank and not config.model.lora_adapter_path
+    for option in ("dropout", "lora_dropout") if adapted else ("dropout",):
         yield (
-            "model.lora_dropout",
+            f"model.{option}",
             "learning from one's own answers drops nothing, so that the policy is the one that answered",
         )
 
@@ -188,6 +189,7 @@ def _of_validation(config: Config, command: str | None) -> Iterator[tuple[str, s
     if reason:
         for option in ("test_freq", "val_before_train", "best_metric", "early_stopping_patience"):
             yield f"trainer.{option}", reason
+        yield "data.val_max_samples", reason
     if command is None:
         reason = "it is for validation during training"
     answering = ("rollout.val_n", "rollout.val_temperature", "trainer.num_val_generations")
@@ -245,7 +247,13 @@ def _of_trainer(config: Config) -> Iterator[tuple[str, str]]:
     if set(trainer.logger) <= {"console"}:
         for option in ("project_name", "experiment_name"):
             yield f"trainer.{option}", "trainer.logger names no tracker that would show it"
+    yield from _of_resuming(trainer)
     yield from _of_launch(trainer)
+
+
+def _of_resuming(trainer: TrainerOptions) -> Iterator[tuple[str, str]]:
+    if trainer.resume_mode == "disable":
+        yield "trainer.resume_from_path", "trainer.resume_mode is disable"
 
 
 def _of_launch(trainer: TrainerOptions) -> Iterator[tuple[str, str]]:

@@ -11,6 +11,7 @@ import os
 import re
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -46,10 +47,39 @@ def _checked_path(path: str) -> str:
     return expanded
 
 
+def is_template(text: str) -> bool:
+    """Whether it is a Jinja template itself, not the path of one."""
+    return "{%" in text or "{{" in text
+
+
+def _checked_template(text: str) -> str:
+    return text if is_template(text) else _checked_path(text)
+
+
+def _checked_local_folder(path: str) -> str:
+    if "://" in path:
+        raise ValueError(
+            f"{path!r} is not a folder of this machine, where a run writes; give such a folder, and "
+            f"trainer.default_hdfs_dir={path}, which then gets a copy of it"
+        )
+    return _checked_path(path)
+
+
 def _as_list(value: Any) -> Any:
+    """One value as a list of it, and a list whose quotes the shell left in place, such as "['a','b']", as a list."""
     if value is None:
         return []
+    value = _unquoted(value)
     return [value] if isinstance(value, str | int | float) else value
+
+
+def _unquoted(value: Any) -> Any:
+    if not (isinstance(value, str) and value.strip().startswith("[") and value.strip().endswith("]")):
+        return value
+    try:
+        return yaml.load(value, yaml.BaseLoader)  # its items as text, of which pydantic makes what is asked for
+    except yaml.YAMLError:
+        return value
 
 
 def _valid_frequency(value: Any) -> Any:
@@ -88,9 +118,12 @@ def _checked_pattern(pattern: str) -> str:
 
 
 PathText = Annotated[str, AfterValidator(_checked_path)]
+TemplateText = Annotated[str, AfterValidator(_checked_template)]
+LocalFolder = Annotated[str, AfterValidator(_checked_local_folder)]
 PathList = Annotated[list[PathText], BeforeValidator(_as_list)]
 TextList = Annotated[list[str], BeforeValidator(_as_list)]
 NumberList = Annotated[list[float], BeforeValidator(_as_list)]
+DeviceList = Annotated[list[NonNegativeInt], BeforeValidator(_as_list)]
 Frequency = Annotated[int | str, BeforeValidator(_valid_frequency)]
 Endpoint = Annotated[str, AfterValidator(_checked_endpoint)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -135,6 +168,11 @@ class ModelOptions(Section):
     """Compute every so many blocks again instead of all: 2 costs half the time and saves half the memory."""
     torch_compile: bool = False
     """Compile each block once, by torch.compile, for rows of any length: faster steps after a slow first one."""
+    use_liger: bool = False
+    """Compute norms, rotary positions and gated layers by Liger's fused kernels (Hsu et al. 2024): less memory, faster steps; on
+    CUDA, for the architectures that the package liger-kernel knows."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of each block's output that is dropped in training, the rest scaled up by as much."""
     lora_rank: NonNegativeInt = 0
     """Rank of LoRA adapters beside frozen weights (Hu et al. 2021); 0 trains all weights."""
     lora_alpha: PositiveFloat = 16
@@ -158,6 +196,11 @@ class DataOptions(Section):
     of a data set on the hub."""
     val_files: PathList = []
     """Validation rows, never trained on; in the same forms as `data.train_files`."""
+    train_max_samples: PositiveInt | None = None
+    """Use only so many of the training rows that can be used: with `data.shuffle` a random choice, a function of `trainer.seed`
+    alone, else the first. Not given: all."""
+    val_max_samples: PositiveInt | None = None
+    """Use only so many of the validation rows, chosen like those of `data.train_max_samples`. Not given: all."""
     hub_config: str | None = None
     """Configuration of a hub data set, such as `main` for openai/gsm8k."""
     train_split: str = "train"
@@ -176,8 +219,9 @@ class DataOptions(Section):
     """Column with the tools, as a list or as JSON text of one; dots reach into structs. Not given: `tools`."""
     system_prompt: str | None = None
     """Text put in front as a system message where a row has none."""
-    chat_template: PathText | None = None
-    """File with the chat template to use instead of the tokenizer's own; it is saved with the model."""
+    chat_template: TemplateText | None = None
+    """The chat template to use instead of the tokenizer's own, as a file or as the Jinja text itself, which has {% or {{ in it; it
+    is saved with the model."""
     chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_checked_kwargs)] = {}
     """What the chat template is given besides messages and tools; a row's own `chat_template_kwargs` come first."""
     enable_thinking: bool | None = None
@@ -253,7 +297,7 @@ class OptimOptions(Section):
 
     lr: PositiveFloat = 1e-5
     """Highest learning rate."""
-    betas: tuple[Share, Share] = (0.9, 0.95)
+    betas: Annotated[tuple[Share, Share], BeforeValidator(_unquoted)] = (0.9, 0.95)
     """Decay of AdamW's averages of the gradient and of its square."""
     eps: PositiveFloat = 1e-8
     """AdamW's guard against division by zero."""
@@ -310,7 +354,7 @@ class VLLMOptions(Section):
 
     python: PathText | None = None
     """Interpreter that has vLLM, in an environment of its own if need be. Not given: the one that runs posttrain."""
-    devices: list[NonNegativeInt] = []
+    devices: DeviceList = []
     """Devices of the servers, by the numbers of CUDA_VISIBLE_DEVICES; each process of a machine takes
     `vllm.tensor_parallel_size` of them for its server. Not given: the process's own device, where trainer and server take turns."""
     tensor_parallel_size: PositiveInt = 1
@@ -443,8 +487,11 @@ class ToolOptions(Section):
 class TrainerOptions(Section):
     """How long, where, and what is kept."""
 
-    default_local_dir: PathText = "checkpoints/sft"
+    default_local_dir: LocalFolder = "checkpoints/sft"
     """The run folder: options, metrics, checkpoints and the finished model."""
+    default_hdfs_dir: PathText | None = None
+    """A folder elsewhere, such as hdfs://... or s3://..., that gets a copy of the run folder at each save and at the end. Not
+    given: none."""
     project_name: str = "posttrain"
     """Name of the project in trackers."""
     experiment_name: str | None = None
@@ -475,9 +522,11 @@ class TrainerOptions(Section):
     max_ckpt_to_keep: PositiveInt | None = 2
     """Newest checkpoints that are kept, also after a restart; null keeps all. The best and the final model are always
     kept."""
-    resume_mode: Literal["auto", "disable"] = "auto"
-    """auto: go on from the newest checkpoint in the run folder, if there is one. disable: refuse to write into a run
-    folder that holds checkpoints."""
+    resume_mode: Literal["auto", "disable", "resume_path"] = "auto"
+    """auto: go on from the newest checkpoint in the run folder, else from `trainer.resume_from_path` if that is given. disable:
+    refuse to write into a run folder that holds checkpoints. resume_path: begin from `trainer.resume_from_path`."""
+    resume_from_path: PathText | None = None
+    """A checkpoint-<step> folder to go on from, of this or another run folder."""
     sample_freq: Frequency = 10
     """Show answers with their rewards, and write all of the step to samples/step-<N>.jsonl, every so many steps (10) or epochs
     (1ep) of reinforcement learning and at its end; -1 only at the end."""
@@ -500,6 +549,15 @@ class TrainerOptions(Section):
     device: str = "auto"
     """What to compute on, by torch's name for it: cpu, cuda, npu, xpu, ...; auto takes the accelerator that torch finds, else
     the CPU."""
+
+    @model_validator(mode="after")
+    def _path_to_resume_from(self) -> TrainerOptions:
+        if self.resume_mode == "resume_path" and self.resume_from_path is None:
+            raise ValueError(
+                "trainer.resume_mode=resume_path needs trainer.resume_from_path, the checkpoint-<step> folder to go on from; auto "
+                "finds the newest of the run folder by itself"
+            )
+        return self
 
     @model_validator(mode="after")
     def _accuracy_needs_answers(self) -> TrainerOptions:
