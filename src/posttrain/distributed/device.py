@@ -37,6 +37,7 @@ TOKENS_A_MICRO_BATCH_ELSEWHERE = 16384
 SUMMED_IN_FLOAT32 = ("npu", "mps")
 # torch_npu's kernel takes `grad_scale` and `found_inf` and reads neither (FusedAdamWKernelNpuOpApi.cpp of op-plugin)
 FUSED_ADAMW_CLIPS = ("cpu", "cuda")
+LIGER = ("cuda",)  # liger-kernel has others for Ascend, which nobody here has tried
 
 
 @dataclass(frozen=True)
@@ -200,6 +201,11 @@ def choose_device(wanted: str = "auto") -> Device:
 def has_varlen_attention(device: torch.device) -> bool:
     """Whether torch.nn.attention.varlen, flash attention over packed rows, runs there: on CUDA from A100 on."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def runs_liger(device: torch.device) -> bool:
+    """Whether Liger's kernels, which are written in Triton, are used there."""
+    return device.type in LIGER
 
 
 def tokens_between_looks(device: torch.device) -> int:

@@ -9,6 +9,7 @@ import torch
 
 from posttrain.config.schema import EngineOptions, ModelOptions, OptimOptions
 from posttrain.distributed.broadcast import BroadcastWeights
+from posttrain.distributed.device import runs_liger
 from posttrain.distributed.sequence import heads_refused
 from posttrain.distributed.sharding import fill, local, prepare
 from posttrain.distributed.world import World
@@ -16,9 +17,10 @@ from posttrain.engine.check import check_engine
 from posttrain.engine.engine import Engine
 from posttrain.engine.optimizer import AdamW, learning_rate, warmup_steps
 from posttrain.errors import InputError
+from posttrain.models.kernels import use_liger
 from posttrain.models.load import empty_model, find_model, load_config, load_model, set_tables
 from posttrain.models.lora import Adapters, AdapterWeights, add_adapters, fill_adapters, fingerprint, wants_adapters
-from posttrain.models.policy import Policy, without_dropout
+from posttrain.models.policy import Policy, with_dropout, without_dropout
 from posttrain.models.weights import FileWeights, Weights, weights_folder
 
 
@@ -40,12 +42,17 @@ def build_engine(
     world.watchdog.beat("loading the model")
     sharded, wanted = world.mesh is not None, wants_adapters(model)
     lm, base = _empty(model, world, seed) if sharded else (_whole(model, seed), None)
+    if model.use_liger and runs_liger(world.device.torch_device):
+        use_liger(lm)
     adapter_config = add_adapters(lm, model, dtype) if wanted else None
     if not dropout:
         without_dropout(lm)
     weights = AdapterWeights(base, model, seed) if wanted else base
-    policy = prepare(
-        Policy(lm, packing, temperature),
+    policy = Policy(lm, packing, temperature)
+    if dropout and model.dropout:
+        with_dropout(policy, model.dropout)
+    prepare(
+        policy,
         world,
         dtype,
         layout,

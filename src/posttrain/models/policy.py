@@ -90,6 +90,26 @@ def without_dropout(lm: Any) -> None:
             module.attention_dropout = 0.0
 
 
+def with_dropout(policy: Policy, share: float) -> None:
+    """Drop this share of each block's output in training (Srivastava et al. 2014).
+
+    A hook stands outside of what is compiled or computed again, so that both passes see the same mask.
+    """
+
+    def dropped(block: nn.Module, _inputs: Any, output: Any) -> Any:
+        hidden = output[0] if isinstance(output, tuple) else output
+        if not isinstance(hidden, Tensor):
+            raise InputError(
+                f"model.dropout={share:g}: a {type(block).__name__} gives a {type(hidden).__name__}, expected a tensor. Set "
+                "model.dropout=0 for this model."
+            )
+        hidden = nn.functional.dropout(hidden, share, block.training)
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    for block in policy.blocks:
+        block.register_forward_hook(dropped)
+
+
 def _use_attention(lm: Any, implementation: str) -> None:
     try:
         lm.set_attn_implementation(implementation)
