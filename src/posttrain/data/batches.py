@@ -47,6 +47,17 @@ class Schedule:
         return order[position * self.batch_size : (position + 1) * self.batch_size]
 
 
+def choose(num_rows: int, most: int | None, seed: int, shuffle: bool) -> np.ndarray:
+    """The numbers of at most so many of the rows, rising: with `shuffle` a function of the seed, else the first."""
+    if most is None or most >= num_rows:
+        return np.arange(num_rows)
+    if not shuffle:
+        return np.arange(most)
+    # epochs count from 0 and further prompts from 2^32, so that this stream is nobody else's
+    stream = np.random.Generator(np.random.Philox(key=[seed, 1 << 40]))
+    return np.sort(stream.permutation(num_rows)[:most])
+
+
 def plan_steps(
     num_rows: int, batch_size: int, total_epochs: int, total_steps: int | None, seed: int, shuffle: bool
 ) -> Schedule:

@@ -57,12 +57,14 @@ class Outcome:
 class Report:
     """What became of the rows: every one is used or counted under a reason.
 
-    `notes` count, by kind, what a person should know of rows, also of those that truncation leaves out. `places` are the first few of each reason and of
+    `rows_not_chosen` could be used, and fewer were asked for. `notes` count, by kind, what a person should know of rows, also of
+    those that truncation leaves out. `places` are the first few of each reason and of
     each kind. `files` are the names of the sources, each with the number of its first row among all rows read.
     """
 
     rows_read: int = 0
     rows_used: int = 0
+    rows_not_chosen: int = 0
     rows_dropped: dict[str, int] = field(default_factory=dict)
     notes: dict[str, int] = field(default_factory=dict)
     places: dict[str, list[str]] = field(default_factory=dict)
@@ -192,6 +194,25 @@ def truncated(data: TokenizedData, max_length: int, how: str) -> TokenizedData:
         raise InputError(f"No row is left to train on: {_reasons(report)}")
     return replace(
         cut, begins_N=begins_N[keep_N], ends_N=ends_N[keep_N], rows_N=data.rows_N[keep_N], turns_N=data.turns_N[keep_N]
+    )
+
+
+def taken(data: TokenizedData, choose: Callable[[int], np.ndarray]) -> TokenizedData:
+    """The samples of those rows that `choose` takes of so many, by their place among the rows that can be used."""
+    rows_R, row_of_sample_N = np.unique(data.rows_N, return_inverse=True)
+    chosen_C = choose(len(rows_R))
+    if len(chosen_C) == len(rows_R):
+        return data
+    keep_N = np.isin(row_of_sample_N, chosen_C)
+    report = copy.deepcopy(data.report)
+    report.rows_used, report.rows_not_chosen = len(chosen_C), len(rows_R) - len(chosen_C)
+    return replace(
+        data,
+        begins_N=data.begins_N[keep_N],
+        ends_N=data.ends_N[keep_N],
+        rows_N=data.rows_N[keep_N],
+        turns_N=data.turns_N[keep_N],
+        report=report,
     )
 
 

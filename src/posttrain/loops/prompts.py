@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from posttrain.config.schema import Config, DataOptions
-from posttrain.data.batches import Schedule
+from posttrain.data.batches import Schedule, choose
 from posttrain.data.chat import ChatTokenizer
 from posttrain.data.formats import Columns, RowError, prompt_of
 from posttrain.data.sources import find_sources, read_rows
@@ -19,7 +19,7 @@ from posttrain.data.tokenized import Report
 from posttrain.distributed.world import World
 from posttrain.errors import InputError
 from posttrain.loops.answering import Problem, read_problems
-from posttrain.loops.training_data import schedule_of, without_effect_here
+from posttrain.loops.training_data import not_chosen, schedule_of, without_effect_here
 from posttrain.records import Completion, Conversation
 from posttrain.rollout.tools import Tools
 from posttrain.run.progress import Display
@@ -91,21 +91,35 @@ def open_prompts(
     longest = data.max_prompt_length or (data.max_length - 1 if tools else None)
     world.watchdog.beat("preparing prompts")
 
-    def read(files: list[str], option: str, split: str, limit: int | None) -> tuple[list[Problem], Report]:
+    def read(
+        files: list[str], option: str, split: str, most: int | None, limit: int | None = None
+    ) -> tuple[list[Problem], Report]:
         display.begin_work(f"reading {option}", None)
         try:
             sources = find_sources(files, option, split, data.hub_config)
             problems, report = read_problems(
-                read_rows(sources), Columns.of(data, answers_needed=False), chat, limit, display.advance, tools
-            )
-            return _within(problems, report, longest, data, option)
+                read_rows(sources), Columns.of(data, answers_needed=False), chat,
+                limit if most is None else None, display.advance, tools,
+            )  # fmt: skip
+            kept, report = _within(problems, report, longest, data, option)
+            chosen = [kept[i] for i in choose(len(kept), most, config.trainer.seed, data.shuffle)]
+            report.rows_used, report.rows_not_chosen = len(chosen), len(kept) - len(chosen)
+            return chosen[:limit], report
         finally:
             display.end_work()
 
-    train, report = world.everyone(lambda: read(data.train_files, "data.train_files", data.train_split, None))
+    train, report = world.everyone(
+        lambda: read(data.train_files, "data.train_files", data.train_split, data.train_max_samples)
+    )
     val, val_report = (
         world.everyone(
-            lambda: read(data.val_files, "data.val_files", data.val_split, config.trainer.num_val_generations)
+            lambda: read(
+                data.val_files,
+                "data.val_files",
+                data.val_split,
+                data.val_max_samples,
+                config.trainer.num_val_generations,
+            )
         )
         if data.val_files
         else ([], Report())
@@ -121,6 +135,7 @@ def prompt_report(data: PromptData) -> dict[str, Any]:
         return {
             "rows_read": report.rows_read,
             "rows_used": len(problems),
+            "rows_not_chosen": report.rows_not_chosen,
             "rows_dropped": report.rows_dropped,
             "examples": report.places,
             "num_tokens": sum(len(problem.prompt_ids_T) for problem in problems),
@@ -142,6 +157,7 @@ def describe_prompts(data: PromptData, config: Config, world: World) -> list[str
             f"{name}: {len(problems):,} of {report.rows_read:,} prompts, {np.median(lengths):.0f} tokens long (median), "
             f"longest {max(lengths)}"
         )
+        lines += not_chosen(report, name, config)
         lines += [
             f"  left out {count:,}: {reason}, such as {report.places[reason][0]}"
             for reason, count in report.rows_dropped.items()

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from posttrain.config.schema import Config, DataOptions
-from posttrain.data.batches import Schedule, pack, plan_steps, split
+from posttrain.data.batches import Schedule, choose, pack, plan_steps, split
 from posttrain.data.chat import ChatTokenizer, Rules
 from posttrain.data.formats import Columns
 from posttrain.data.sources import Source, find_sources
-from posttrain.data.tokenized import TokenizedData, load_tokenized, truncated
+from posttrain.data.tokenized import Report, TokenizedData, load_tokenized, taken, truncated
+from posttrain.distributed.device import runs_liger
 from posttrain.distributed.world import World
 from posttrain.models.load import find_model, load_tokenizer
 from posttrain.records import MicroBatch
@@ -89,12 +90,13 @@ def open_training_data(config: Config, world: World, display: Display) -> Traini
         finally:
             display.end_work()
 
-    def load(sources: list[Source], what: str) -> TokenizedData:
+    def load(sources: list[Source], what: str, most: int | None) -> TokenizedData:
         world.on_main(lambda: bool(tokenize(sources, what)))  # the others find the cache made
-        return truncated(tokenize(sources, what), data.max_length, data.truncation)
+        usable = truncated(tokenize(sources, what), data.max_length, data.truncation)
+        return taken(usable, lambda num_rows: choose(num_rows, most, config.trainer.seed, data.shuffle))
 
-    train = load(train_sources, "training rows")
-    val = load(val_sources, "validation rows") if val_sources else None
+    train = load(train_sources, "training rows", data.train_max_samples)
+    val = load(val_sources, "validation rows", data.val_max_samples) if val_sources else None
     sharing = config.engine.ulysses_sequence_parallel_size  # processes that hold one row
     max_tokens = data.max_tokens_per_gpu and data.max_tokens_per_gpu * sharing
     if max_tokens is None and data.micro_batch_size_per_gpu is None:
@@ -145,6 +147,7 @@ def describe(data: TrainingData, config: Config, world: World) -> list[str]:
             f"{facts['num_trained_tokens'] / facts['num_tokens']:.0%} trained; length median {lengths['50']}, "
             f"99% {lengths['99']}, longest {lengths['100']}"
         )
+        lines += not_chosen(rows.report, name, config)
         for reason, count in facts["rows_dropped"].items():
             lines.append(f"  left out {count:,}: {reason}, such as {rows.report.places[reason][0]}")
         for kind, count in facts["notes"].items():
@@ -159,12 +162,27 @@ def describe(data: TrainingData, config: Config, world: World) -> list[str]:
     return lines + without_effect_here(data.chat, config, world)
 
 
+def not_chosen(report: Report, name: str, config: Config) -> list[str]:
+    """A line on the rows that could be used, and fewer were asked for."""
+    if not report.rows_not_chosen:
+        return []
+    how = f"chosen by trainer.seed={config.trainer.seed}" if config.data.shuffle else "the first"
+    return [
+        f"  {report.rows_not_chosen:,} more could be used: data.{name}_max_samples takes {report.rows_used:,} of them, {how}"
+    ]
+
+
 def without_effect_here(chat: ChatTokenizer, config: Config, world: World) -> list[str]:
     """Lines on options that have no effect on this device or with this chat template."""
     offloads = ("param_offload", "optimizer_offload", "reference_offload")
     chosen = [option for option in offloads if getattr(config.engine, option) and not world.device.has_own_memory]
     return [
         *(f"no effect in this run: engine.{o}: this device computes in the host's memory anyway" for o in chosen),
+        *(
+            ["no effect in this run: model.use_liger: its kernels are for CUDA; the results are the same without"]
+            if config.model.use_liger and not runs_liger(world.device.torch_device)
+            else []
+        ),
         *(f"no effect in this run: {said}: the chat template never reads it" for said in _unread(chat, config)),
     ]
 
@@ -204,6 +222,7 @@ def _facts(rows: TokenizedData) -> dict[str, Any]:
         "rows_used": rows.report.rows_used,
         "num_samples": len(rows),
         "num_turns": int(rows.turns_N.sum()),
+        "rows_not_chosen": rows.report.rows_not_chosen,
         "rows_dropped": rows.report.rows_dropped,
         "notes": rows.report.notes,
         "examples": rows.report.places,

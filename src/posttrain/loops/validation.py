@@ -125,9 +125,13 @@ def _accuracy(engine: Engine, data: TrainingData, config: Config, judge: Scorer,
 
 
 def _problems(data: TrainingData, config: Config, count: int) -> list[Problem]:
-    """The first problems of the validation rows. Raises InputError where none can be asked."""
+    """The first problems of the validation rows in use. Raises InputError where none can be asked."""
     columns = Columns.of(config.data, answers_needed=False)
-    problems, report = read_problems(read_rows(data.val_sources), columns, data.chat, count)
+    rows = read_rows(data.val_sources)
+    if data.val is not None and data.val.report.rows_not_chosen:
+        chosen = set(data.val.rows_N.tolist())
+        rows = (row for number, row in enumerate(rows) if number in chosen)
+    problems, report = read_problems(rows, columns, data.chat, count)
     if not problems:
         reasons = [f"{found:,}: {report.places[reason][0]}" for reason, found in report.rows_dropped.items()]
         said = "data.val_files: no row can be answered, as trainer.num_val_generations asks for."
