@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from posttrain.config.arguments import COMMAND_LINE, CONFIG_NAME
+from posttrain.config.schema import is_template
 from posttrain.errors import InputError
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def resolve(
 
     run = find_run(model) if model else None
     saved = [str(run / "config.yaml")] if run else []
-    flags = [f"{key}={value!r}" for key, value in given.items() if value is not None]
+    flags = [f"{key}={_quoted(value)}" for key, value in given.items() if value is not None]
     if run:  # its export holds weights, tokenizer and template, whatever it began from
         flags += ["~model.random_weights", "~model.override_config", "~model.tokenizer_path", "~model.revision"]
         flags += ["~data.chat_template", "~model.lora_rank", "~model.lora_adapter_path"]
@@ -74,6 +75,11 @@ def of_hydra(config_path: str | None, config_name: str | None) -> list[str]:
     name = config_name.removesuffix(".yaml")
     file = Path(config_path or "", f"{name}.yaml")
     return [str(file)] if file.exists() else [f"{CONFIG_NAME}={name}"]
+
+
+def _quoted(value: str) -> str:
+    """The flag's value in Hydra's grammar; a template stands as it is."""
+    return value if is_template(value) else repr(value)
 
 
 def dated(resolved: Resolved) -> Resolved:

@@ -28,7 +28,9 @@ ValFiles = Annotated[
     list[str] | None, typer.Option("--val_files", help="Rows that must not be among them; or data.val_files=.")
 ]
 Tokenizer = Annotated[str | None, typer.Option("--tokenizer", help="Tokenizer folder or hub name; or model.path=.")]
-ChatTemplate = Annotated[str | None, typer.Option("--chat_template", help="File with a chat template.")]
+ChatTemplate = Annotated[
+    str | None, typer.Option("--chat_template", help="A chat template, as a file or as Jinja text.")
+]
 
 data_app = typer.Typer(help="Prepare data, and look at it as it will be trained.", no_args_is_help=True)
 
@@ -65,7 +67,9 @@ def data_show(
     options: Overrides = None,
     files: Annotated[list[str] | None, typer.Option("--files", help="Rows to show; or data.train_files=.")] = None,
     tokenizer: Annotated[str | None, typer.Option("--tokenizer", help="Tokenizer folder or hub name.")] = None,
-    chat_template: Annotated[str | None, typer.Option("--chat_template", help="File with a chat template.")] = None,
+    chat_template: Annotated[
+        str | None, typer.Option("--chat_template", help="A chat template, as a file or as Jinja text.")
+    ] = None,
     rows: Annotated[
         int | None, typer.Option(min=1, help="How many; not given: 3, 20 with --html, all with --step and --json.")
     ] = None,

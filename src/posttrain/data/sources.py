@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from collections.abc import Iterator
@@ -83,10 +84,13 @@ def _sources_of(name: str, option: str, split: str, hub_config: str | None) -> I
         yield from (_local_file(file, option) for file in files)
     elif path.is_file():
         yield _local_file(path, option)
-    elif _HUB_NAME.fullmatch(name) and path.suffix not in READERS:
+    elif _HUB_NAME.fullmatch(name) and path.suffix not in READERS and not path.parent.is_dir():
         yield Source(name, "hub", f"hub:{name}:{hub_config}:{split}", hub_config, split)
     else:
-        raise InputError(f"{option}: {name} does not exist. Looked in {Path.cwd()}; check the path.")
+        beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, beside, n=1)
+        nearest = f"; nearest is {path.with_name(near[0])}" if near else ""
+        raise InputError(f"{option}: {name} does not exist. Looked in {Path.cwd()}; check the path{nearest}.")
 
 
 def _local_file(path: Path, option: str) -> Source:

@@ -12,6 +12,7 @@ import numpy as np
 
 from posttrain.config.compose import DEFAULT, Resolved
 from posttrain.config.describe import shown as written
+from posttrain.config.schema import is_template
 from posttrain.data.chat import ChatTokenizer
 from posttrain.data.formats import Columns
 from posttrain.data.show.page import Summary
@@ -65,7 +66,7 @@ class Showing:
         facts = {
             "files": ", ".join(Path(source.name).name for source in self._sources),
             "tokenizer": str(self._chat.tokenizer.name_or_path),
-            "chat template": Path(template).name if template else "the tokenizer's own",
+            "chat template": _named(template) if template else "the tokenizer's own",
         }
         said = [
             *ALWAYS_SAID,
@@ -104,6 +105,10 @@ class Showing:
         numbered = islice(enumerate(read_rows(self._sources)), max(numbers) + 1)
         rows = {number: row for number, row in numbered if number in numbers}
         return dict(zip(rows, self._shown(iter(rows.values())), strict=True))
+
+
+def _named(template: str) -> str:
+    return "given as text" if is_template(template) else Path(template).name
 
 
 def _documents(micro_batch: MicroBatch, known: dict[int, list[Shown] | Refused]) -> list[Shown]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from posttrain.config.schema import is_template
 from posttrain.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,7 +25,12 @@ def find_model(path: str | None, option: str = "model.path") -> str:
     folder = Path(path)
     if not folder.exists():
         if path.startswith(("/", "./", "../", "~")) or path.count("/") != 1:
-            raise InputError(f"{option}: {path} does not exist.")
+            raise InputError(f"{option}: {path} does not exist.{_nearest(folder)}")
+        if folder.parent.is_dir():  # a mistyped path would go to the hub, and wait there
+            raise InputError(
+                f"{option}: {path} does not exist, and {folder.parent} is a folder here.{_nearest(folder)} If a model on the hub is "
+                "meant, start from a folder that has none of this name."
+            )
         return path
     if folder.is_file():
         raise InputError(f"{option}: {path} is a file; expected a folder with config.json.")
@@ -32,27 +39,50 @@ def find_model(path: str | None, option: str = "model.path") -> str:
     for export in EXPORTS:
         if (folder / export / "config.json").exists():
             return str(folder / export)
+    if (folder / "progress.json").exists():
+        raise InputError(
+            f"{option}: {path} is a checkpoint to resume from, not a finished model. {_export_beside(folder)}"
+        )
     if (folder / "run.json").exists():
         raise InputError(f"{option}: the run {path} has no finished model yet; resume it first, to its end.")
     raise InputError(f"{option}: {path} holds no config.json, so it is not a model folder of transformers.")
 
 
+def _nearest(folder: Path) -> str:
+    beside = [other.name for other in folder.parent.iterdir()] if folder.parent.is_dir() else []
+    near = difflib.get_close_matches(folder.name, beside, n=1)
+    return f" Nearest: {folder.with_name(near[0])}." if near else ""
+
+
+def _export_beside(checkpoint: Path) -> str:
+    finished = [checkpoint.with_name(name) for name in EXPORTS if (checkpoint.with_name(name) / "config.json").exists()]
+    if finished:
+        return f"That of its run is {finished[0]}."
+    return (
+        "Its run has none yet: run the same command to its end, or go on from it elsewhere with trainer.resume_mode=resume_path "
+        f"trainer.resume_from_path={checkpoint}."
+    )
+
+
 def load_tokenizer(
     path: str, chat_template: str | None = None, revision: str | None = None, trust: bool = False
 ) -> Any:
-    """The tokenizer of a model, with the template of the file `chat_template` if one is given."""
+    """The tokenizer of a model, with the template that `chat_template` is, or that lies in this file, if one is given."""
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust)
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"No tokenizer could be loaded from {path}: {_first_line(error)}") from None
-    if chat_template:
+    if chat_template and is_template(chat_template):
+        tokenizer.chat_template = chat_template
+    elif chat_template:
         try:
             tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise InputError(f"data.chat_template: cannot read {chat_template}: {reason}. Give a Jinja file.") from None
+            raise InputError(f"data.chat_template: cannot read {chat_template}: {reason}. Give a Jinja file, or the "
+                "template itself.") from None  # fmt: skip
     return tokenizer
 
 
