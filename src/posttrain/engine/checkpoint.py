@@ -48,11 +48,12 @@ class Checkpoints:
     """Those of one run folder; the newest `keep` stay (None: all), whoever wrote them. At most one is being written.
 
     `save`, `wait` and `restore` must be called by every process. What writes is a thread with a process group of its own:
-    its messages would otherwise mix with those of training, in another order on each process.
+    its messages would otherwise mix with those of training, in another order on each process. On the main process it calls
+    `completed` when a checkpoint is whole.
     """
 
-    def __init__(self, folder: Path, keep: int | None, world: World):
-        self.folder, self.keep, self.world = folder, keep, world
+    def __init__(self, folder: Path, keep: int | None, world: World, completed: Callable[[], None] = lambda: None):
+        self.folder, self.keep, self.world, self.completed = folder, keep, world, completed
         self._thread = ThreadPoolExecutor(
             max_workers=1, thread_name_prefix="checkpoint", initializer=world.device.enter_thread
         )
@@ -63,8 +64,7 @@ class Checkpoints:
 
     def saved(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
-        found = [(int(m[1]), path) for path in self.folder.glob("checkpoint-*") if (m := _NAME.fullmatch(path.name))]
-        return [path for _, path in sorted(found) if (path / "progress.json").exists()]
+        return saved_in(self.folder)
 
     def save(self, engine: Engine, progress: Progress, also: Callable[[Path], None] | None = None) -> None:
         """Copy the state as it is now and begin to write it; `wait` tells what came of it, and the next save waits too.
@@ -145,6 +145,7 @@ class Checkpoints:
         put_in_place(aside, place)
         for old in self.saved()[: -self.keep] if self.keep else []:
             discard(old)
+        self.completed()
 
     @contextmanager
     def _failures(self, place: Path) -> Iterator[None]:
@@ -165,6 +166,30 @@ class Checkpoints:
             if saved
             else "No checkpoint was complete yet."
         )
+
+
+def saved_in(folder: Path) -> list[Path]:
+    """The complete checkpoints of a run folder, oldest first."""
+    found = [(int(m[1]), path) for path in folder.glob("checkpoint-*") if (m := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found) if (path / "progress.json").exists()]
+
+
+def check_is_checkpoint(path: Path, option: str) -> None:
+    """Raise InputError for a folder that is none to resume from."""
+    if (path / "progress.json").is_file():
+        return
+    inside = saved_in(path)
+    hint = (
+        f"; it holds {inside[-1].name}, which is one"
+        if inside
+        else ""
+        if path.exists()
+        else "; there is no such folder"
+    )
+    raise InputError(
+        f"{option}={path} is not a checkpoint to resume from{hint}. Expected a checkpoint-<step> folder of posttrain, with "
+        "progress.json in it. A finished model is gone on from by model.path."
+    )
 
 
 def copied(state: dict[str, Any]) -> dict[str, Any]:

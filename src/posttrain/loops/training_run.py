@@ -21,7 +21,7 @@ from posttrain.distributed.watchdog import watching
 from posttrain.distributed.world import World, join_world
 from posttrain.engine.build import kept_dtype
 from posttrain.engine.check import check_export
-from posttrain.engine.checkpoint import Checkpoints, Progress, read_progress
+from posttrain.engine.checkpoint import Checkpoints, Progress, check_is_checkpoint, read_progress
 from posttrain.engine.engine import Engine
 from posttrain.engine.export import export, export_adapter
 from posttrain.errors import InputError, RunError, RunStopped
@@ -32,6 +32,7 @@ from posttrain.models.lora import check_base, model_fingerprint
 from posttrain.run.folder import RunFolder, RunState, clear_leftovers, library_versions
 from posttrain.run.metrics import Metrics, drop_after
 from posttrain.run.progress import Display
+from posttrain.run.remote import RemoteCopy
 from posttrain.run.signals import StopRequest, catching_signals
 from posttrain.run.trackers import check_trackers, start_trackers
 
@@ -71,7 +72,9 @@ class TrainingRun:
     def __init__(self, config: Config, world: World, display: Display, request: StopRequest):
         self.config, self.world, self.display, self.request = config, world, display, request
         self.folder = RunFolder(Path(config.trainer.default_local_dir))
-        self.checkpoints = Checkpoints(self.folder.path, config.trainer.max_ckpt_to_keep, world)
+        remote = config.trainer.default_hdfs_dir
+        self.copy = RemoteCopy(self.folder.path, remote) if remote and world.is_main else None
+        self.checkpoints = Checkpoints(self.folder.path, config.trainer.max_ckpt_to_keep, world, self._update_copy)
         self.metrics = Metrics(None)
         self.resolved_yaml = ""
         self.state = RunState(world_size=world.size, versions=library_versions())
@@ -89,6 +92,8 @@ class TrainingRun:
         with ExitStack() as stack:
             run = cls(config, world, display, stack.enter_context(catching_signals()))
             stack.callback(lambda: run.metrics.close())
+            if run.copy:
+                stack.callback(run.copy.close)
             stack.callback(lambda: run.checkpoints.close())
             run.resolved_yaml = resolved_yaml
             world.on_main(run._claim_folder)
@@ -100,6 +105,8 @@ class TrainingRun:
             except BaseException:
                 display.end_work()
                 run._write_failure()
+                if run.copy:
+                    display.say(f"{run.copy.url} may lack what was written last; the same command brings it up to date")
                 raise
 
     def plan(self, data: RunData, lines: list[str], report: dict[str, Any]) -> None:
@@ -117,6 +124,7 @@ class TrainingRun:
             self.folder.write("config.yaml", self.resolved_yaml)
             self.folder.write_json("data_report.json", report)
             self.folder.write_state(self.state)
+            self._update_copy()
 
     def resume(self, engine: Engine) -> None:
         """Go on from the newest checkpoint, if there is one, and begin to write metrics."""
@@ -124,6 +132,8 @@ class TrainingRun:
         if self._found is not None:
             self.world.on_main(lambda: check_base(self._found, engine.adapters))
             self.progress = self.checkpoints.restore(engine, self._found)
+            if self._found.parent.resolve() != self.folder.path.resolve():  # the best model so far lies elsewhere
+                self.progress = replace(self.progress, best=None, best_step=None, stale_validations=0)
             self.last_saved = self.progress.step
             self._stopped_early = self._stale()
             self.display.say(f"resumed from {self._found}: step {self.progress.step} of {self.state.total_steps}")
@@ -208,6 +218,7 @@ class TrainingRun:
             self.checkpoints.save(engine, self.progress, partial(export_adapter, engine) if engine.adapters else None)
         self.last_saved = self.step
         self._write_state("running")
+        self._say_copy_problem("it is tried again at the next save")
 
     def finish(self, engine: Engine) -> None:
         """End the run: finished, with a model to use, or stopped, with a checkpoint to go on from (RunStopped)."""
@@ -218,6 +229,7 @@ class TrainingRun:
         self.display.end_work()
         if self._stop_signal:
             self._write_state("stopped")
+            self._finish_copy()
             raise RunStopped(
                 f"Stopped at step {self.step} of {self.state.total_steps}; saved. The same command goes on from there.",
                 self._stop_signal,
@@ -228,37 +240,51 @@ class TrainingRun:
             exact = dtype == computed == torch.float32
             check_export(engine, self.folder.path / "checkpoint-final", exact, self.config.model.trust_remote_code)
         self._write_state("finished")
+        self._finish_copy()
         self._say_what_next()
 
     def _claim_folder(self) -> None:
         self.folder.create()
         clear_leftovers(self.folder.path)
-        saved = self.checkpoints.saved()
+        if self.copy:
+            self.copy.check()
+        saved, begin_from = self.checkpoints.saved(), self._begin_from
         restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # then these are this run's own
-        if saved and not restarted and self.config.trainer.resume_mode == "disable":
+        if saved and (restarted or self.config.trainer.resume_mode == "auto"):
+            return
+        if begin_from:
+            check_is_checkpoint(begin_from, "trainer.resume_from_path")
+        if saved and not (begin_from and begin_from.resolve() == saved[-1].resolve()):
             raise InputError(
                 f"{self.folder.path} holds checkpoints, such as {saved[-1].name}. Choose another trainer.default_local_dir, "
                 "delete it, or go on from it with trainer.resume_mode=auto."
             )
 
+    @property
+    def _begin_from(self) -> Path | None:
+        trainer = self.config.trainer
+        given = trainer.resume_from_path if trainer.resume_mode != "disable" else None
+        return Path(given) if given else None
+
     def _checkpoint_to_resume(self) -> Path | None:
-        """The newest checkpoint. Raises InputError where it belongs to another run."""
-        saved = self.checkpoints.saved()
-        if not saved:
+        """The newest checkpoint, or the one that is to be begun from. Raises InputError where it belongs to another run."""
+        place = next(iter(reversed(self.checkpoints.saved())), self._begin_from)
+        if place is None:
             return None
-        found = read_progress(saved[-1])
+        found = read_progress(place)
         if found.data != self.progress.data:
             raise InputError(
-                f"{saved[-1]} was trained on other data or other batches (rows, tokenizer, template, max_length, batch size, "
-                "seed or shuffling differ; in GRPO also reward, algorithm, tools and sampling). Use the same, or another "
-                "trainer.default_local_dir."
+                f"{place} was trained on other data or other batches (rows, tokenizer, template, max_length, batch size, "
+                "seed or shuffling differ; in GRPO also reward, algorithm, tools and sampling). Use the same, or begin another run, with "
+                "another trainer.default_local_dir and without trainer.resume_from_path."
             )
         if found.model != self.progress.model:
             raise InputError(
-                f"{saved[-1]} holds another model than {self.config.model.path}, or other adapters (model.lora_rank, lora_alpha, "
-                "target_modules). Use the same, or another trainer.default_local_dir."
+                f"{place} holds another model than {self.config.model.path}, or other adapters (model.lora_rank, lora_alpha, "
+                "target_modules). Use the same, or begin another run, with another trainer.default_local_dir and without "
+                "trainer.resume_from_path."
             )
-        return saved[-1]
+        return place
 
     def _compare(self, value: float, step: int) -> bool:
         """Whether a validation is the best so far (NaN never is); counts those that are not, for early stopping."""
@@ -289,7 +315,33 @@ class TrainingRun:
         source = load_config(find_model(model.path), None, model.revision, model.trust_remote_code).dtype
         dtype = source if isinstance(source, torch.dtype) and not model.random_weights else torch.float32
         export(engine, self.data.chat.tokenizer, self.folder.path / name, dtype, self.data.end_ids)
+        self._update_copy()
         return dtype
+
+    def _update_copy(self) -> None:
+        if self.copy:
+            self.copy.update()
+
+    def _finish_copy(self) -> None:
+        """Wait until everything is in the folder elsewhere, or say what is not. Every process must call this."""
+        if self.config.trainer.default_hdfs_dir is None:
+            return
+        watchdog = self.world.watchdog
+        watchdog.beat("copying the run folder", patient=True)
+
+        def finish() -> None:
+            if self.copy:
+                self.copy.finish(watchdog.alive)
+
+        self.world.on_main(finish)
+        if self.copy and not self.copy.problem:
+            self.display.say(f"a copy lies in {self.copy.url}")
+        what = ", ".join(self.copy.missing[:5]) if self.copy else ""
+        self._say_copy_problem(f"not copied: {what}, ... Copy the run folder by hand, or give the same command again")
+
+    def _say_copy_problem(self, what_now: str) -> None:
+        if self.copy and self.copy.problem:
+            self.display.say(f"copying to {self.copy.url} fails: {self.copy.problem}; {what_now}")
 
     def _trackers(self) -> list[Any]:
         trainer = self.config.trainer
