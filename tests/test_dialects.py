@@ -36,7 +36,7 @@ ROWS = [
     Row("optim.lr_warmup_steps", ("optim.lr_warmup_steps",), values={"-1": None}),
 ]
 OLD = Version("old", ("rate",), {"batch": 256, "optim.weight_decay": 0.3, "course": "cos"})
-NEW = Version("new", ("course", "shard"), {"rate": 0.5})
+NEW = Version("new", ("course", "shard", "prefetch=2"), {"rate": 0.5})
 TABLE = Table("other_sft", {row.key: row for row in ROWS}, (OLD, NEW))
 
 
@@ -99,6 +99,43 @@ def test_a_rule_reads_all_its_options_at_the_place_of_the_last():
     assert read("batch=all").problems == ["batch=all: a step needs a number of rows."]
 
 
+def test_what_a_rule_leaves_as_it_was_keeps_its_text_and_its_place():
+    row = Row("data.prompt_key", ("data.prompt_key",), rule=lambda given: {"data.prompt_key": given("data.prompt_key")})
+    settings = [
+        Setting("data.prompt_key", 120000.0, "12e4", "file run.yaml"),
+        Setting("optim.lr", 1, "1", "command line"),
+    ]
+    found = translate(settings, (Table("other_sft", {row.key: row}, ()),), frozenset(options()))
+    assert found.settings == settings and found.translated == []
+
+
+def test_null_for_an_option_of_ours_stands_over_a_recipe_by_rules_too():
+    row = Row("optim.lr_warmup_steps", ("optim.lr_warmup_steps",), rule=lambda given: {})
+    setting = Setting("optim.lr_warmup_steps", None, "null", "command line")
+    assert translate([setting], (Table("other_sft", {row.key: row}, ()),), frozenset(options())).settings == [setting]
+
+
+def test_a_default_that_a_rule_hands_on_is_no_translation():
+    def both(given) -> dict[str, Any]:
+        return {"data.train_batch_size": given("data.train_batch_size"), "data.max_length": given("longest")}
+
+    rows = [Row(key, ("data.max_length",), rule=both) for key in ("longest", "data.train_batch_size")]
+    table = Table(
+        "other_sft", {row.key: row for row in rows}, (Version("only", ("longest",), {"data.train_batch_size": 256}),)
+    )
+    found = translate([Setting("longest", 8, "8", "command line")], (table,), frozenset(options()))
+    assert [(setting.key, setting.value) for setting in found.defaults] == [("data.train_batch_size", 256)]
+    assert found.translated == [{"given": "longest", "key": "data.max_length", "value": 8}]
+
+
+def test_what_a_rule_makes_nothing_of_is_told():
+    row = Row("pad", ("data.truncation",), rule=lambda given: {}, ignored="rows are never padded")
+    found = translate(
+        [Setting("pad", "left", "left", "command line")], (Table("other_sft", {"pad": row}, ()),), frozenset(options())
+    )
+    assert found.ignored == [{"key": "pad", "reason": "rows are never padded"}]
+
+
 @pytest.mark.parametrize("argument", ["shard=fsdp", "shard=FSDP2", "prefetch=true", "tensor.size=null"])
 def test_what_changes_nothing_is_told(argument: str):
     found = read(argument)
@@ -119,6 +156,7 @@ def test_the_defaults_of_the_version_whose_options_were_given_hold():
         "optim.lr_scheduler_type": "cosine",
     }
     assert defaults("course=cos", "shard=fsdp", "prefetch=true") == {"optim.lr": 0.5}
+    assert defaults("prefetch=2") == {"optim.lr": 0.5}
     assert defaults("prefetch=true") == {}, "an option that all versions have tells nothing"
     assert defaults("optim.lr=1") == {}
 
@@ -153,4 +191,4 @@ def test_tables_lead_to_options_that_exist(name: str):
     assert [row.key for row in table.rows.values() if not (row.becomes or row.ignored or row.refused)] == []
     for version in table.versions:
         assert [key for key in version.defaults if not (table.row(key) or key in options())] == []
-        assert [key for key in version.known_by if not table.row(key.removesuffix(".*"))] == []
+        assert [key for key in version.known_by if not table.row(key.partition("=")[0].removesuffix(".*"))] == []

@@ -46,7 +46,8 @@ def translate(settings: list[Setting], tables: tuple[Table, ...], ours: frozense
         given.pop(setting.key, None)  # the last wins
         if not setting.reset:
             given[setting.key] = place, setting
-    work = _Work(tables, given, ours, _version(tables, given.keys() - ours))
+    words = (given.keys() - ours) | {f"{key}={setting.value}" for key, (_, setting) in given.items()}
+    work = _Work(tables, given, ours, _version(tables, words))
     for place, setting in given.values():
         row = row_of(tables, setting.key)
         if row and not row.rule:
@@ -99,9 +100,16 @@ class _Work:
         place, last = max((self.given[key] for key in known), key=lambda item: item[0])
         named = ", ".join(known)
         for key, value in made.items():
-            yield place, replace(last, key=key, value=value, text=str(value))
-            if not (key in known and _same(self._look_up(key), value)):
+            if key not in self.given and key in self.defaults and _same(self.defaults[key], value):
+                self.result.defaults.append(self._default(key, value))
+            elif key in known and _same(self._look_up(key), value):
+                yield self.given[key]
+            else:
+                yield place, replace(last, key=key, value=value, text=str(value))
                 self.result.translated.append({"given": named, "key": key, "value": value})
+        yield from (self.given[key] for key in known if key in self.ours - made.keys() and self._is_null(key))
+        if not made:
+            self.result.ignored += [self._without_effect(key) for key in known if key not in self.ours]
 
     def plain_defaults(self) -> Iterator[Setting]:
         """The version's defaults that no rule reads and nobody gave another value."""
@@ -111,6 +119,9 @@ class _Work:
                 continue
             value = row.values.get(as_written(value), value) if row and row.values else value
             yield self._default(row.our_key(key) if row and row.becomes else key, value)
+
+    def _is_null(self, key: str) -> bool:
+        return self.given[key][1].value is None
 
     def _look_up(self, key: str) -> Any:
         value = _unquoted(self.given[key][1].value) if key in self.given else None
@@ -132,12 +143,16 @@ class _Work:
         if not accepted:
             self.result.problems.append(f"{_said(setting)} ({setting.origin}): {row.refused}.")
         elif setting.key not in self.ours:
-            self.result.ignored.append({"key": setting.key, "reason": row.ignored or "it asks for what posttrain does"})
+            self.result.ignored.append(self._without_effect(setting.key))
         return accepted
+
+    def _without_effect(self, key: str) -> dict[str, str]:
+        row = row_of(self.tables, key)
+        return {"key": key, "reason": (row and row.ignored) or "it asks for what posttrain does"}
 
 
 def _version(tables: tuple[Table, ...], given: set[str]) -> tuple[str, Version] | None:
-    """The version most of whose own options were given, with its system; None where none of its own was."""
+    """The version most of whose own options, or options with their values, were given, and its system; None where none was."""
     found = [
         (sum(_is_known(version, key) for key in given), table.system, version)
         for table in tables
@@ -149,18 +164,18 @@ def _version(tables: tuple[Table, ...], given: set[str]) -> tuple[str, Version] 
 
 def _is_known(version: Version, key: str) -> bool:
     return any(
-        key == known or (known.endswith(".*") and f"{key}.".startswith(known.removesuffix("*")))
+        key == known or (known.endswith(".*") and "=" not in key and f"{key}.".startswith(known.removesuffix("*")))
         for known in version.known_by
     )
 
 
 def _rules(tables: tuple[Table, ...]) -> dict[Rule, list[str]]:
-    """Each rule with the options that it reads, in the tables' order."""
+    """Each rule with the options that it reads, in the tables' order; of two rows about an option the first table's holds."""
     rules: dict[Rule, list[str]] = {}
-    for table in tables:
-        for key, row in table.rows.items():
-            if row.rule:
-                rules.setdefault(row.rule, []).append(key)
+    for key in dict.fromkeys(key for table in tables for key in table.rows):
+        row = row_of(tables, key)
+        if row and row.rule:
+            rules.setdefault(row.rule, []).append(key)
     return rules
 
 
