@@ -33,6 +33,7 @@ from posttrain.cli.begin import (
     say_resolved,
 )
 from posttrain.cli.data import data_app
+from posttrain.cli.recipes import recipes_app
 from posttrain.errors import InputError, RunError, RunStopped
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(data_app, name="data")
+app.add_typer(recipes_app, name="recipes")
 
 
 @app.command(context_settings={"help_option_names": []})

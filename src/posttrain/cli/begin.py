@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from posttrain.config.arguments import COMMAND_LINE, CONFIG_NAME
-from posttrain.config.schema import is_template
 from posttrain.errors import InputError
 
 if TYPE_CHECKING:
@@ -70,6 +68,8 @@ def resolve(
 
 def of_hydra(config_path: str | None, config_name: str | None) -> list[str]:
     """Hydra's two flags as an argument: the file that they name, or the name of another system's own."""
+    from posttrain.config.arguments import CONFIG_NAME
+
     if config_name is None:
         return []
     name = config_name.removesuffix(".yaml")
@@ -79,6 +79,8 @@ def of_hydra(config_path: str | None, config_name: str | None) -> list[str]:
 
 def _quoted(value: str) -> str:
     """The flag's value in Hydra's grammar; a template stands as it is."""
+    from posttrain.config.schema import is_template
+
     return value if is_template(value) else repr(value)
 
 
@@ -152,6 +154,7 @@ def home_of(resolved: Resolved) -> Path:
 def say_resolved(resolved: Resolved, given_here: bool = False) -> None:
     """Say what was read of another system's options, and which have no effect: all, or those given on the command line, where the
     rest may be a run's that is read."""
+    from posttrain.config.arguments import COMMAND_LINE
     from posttrain.config.describe import translations
 
     if not is_main():

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from posttrain.config.catalog import ABOUT, RECIPES
 from posttrain.config.describe import options, sections
 from posttrain.config.schema import expand_path, is_template
 from posttrain.errors import InputError
 
-RECIPES = Path(__file__).with_name("recipes")
-METHOD = "method"  # the one group of recipes that is not named after a section
+# the groups of recipes that are not named after a section: a job is a file that chooses the others
+METHOD, JOB = "method", "job"
 
 # where a value can come from, besides `recipe group/name` and `file path`
 DEFAULT = "default"
@@ -39,12 +40,13 @@ class Override:
 @dataclass(frozen=True)
 class Recipe:
     """A YAML file of options: its own keys, the same with every scalar as text, and what it builds on: group -> recipes, by
-    whatever names it uses for groups."""
+    whatever names it uses for groups. `about` is no option: what a packaged recipe says of itself."""
 
     origin: str
     values: dict[str, Any]
     texts: dict[str, Any]
     choices: dict[str, list[str]]
+    about: dict[str, Any] = field(default_factory=dict)
 
 
 CONFIG_NAME = "--config-name"  # what a file builds on that is no group: Hydra's name for a whole file of options
@@ -52,7 +54,7 @@ CONFIG_NAME = "--config-name"  # what a file builds on that is no group: Hydra's
 
 def groups() -> tuple[str, ...]:
     """What recipes can be chosen for, in the order in which they are read: a method may lower what a model suggests."""
-    return (*sections(), METHOD)
+    return (*sections(), METHOD, JOB)
 
 
 def recipes() -> dict[str, list[str]]:
@@ -99,7 +101,8 @@ def read_recipe(path: Path, origin: str) -> Recipe:
     texts, values = _read_yaml(content, origin)
     if not isinstance(values, dict):
         raise InputError(f"{origin}: found no options, expected sections such as `model:` with their options below.")
-    return Recipe(origin, values, texts, _choices(values.pop("defaults", []), origin))
+    about = values.pop(ABOUT, None) or {}
+    return Recipe(origin, values, texts, _choices(values.pop("defaults", []), origin), about)
 
 
 def _parse_value(argument: str, raw: str) -> Any:

@@ -23,6 +23,8 @@ from posttrain.config.arguments import (
     CONFIG_NAME,
     DEFAULT,
     DEFAULT_OF_COMMAND,
+    JOB,
+    METHOD,
     Override,
     Recipe,
     groups,
@@ -82,8 +84,6 @@ def compose(arguments: list[str], command: str | None = None) -> Resolved:
     """The options that the arguments ask for, in `posttrain sft`, `posttrain grpo`, which begins with the recipe method=grpo, or any
     other command. Raises InputError with every problem that there is."""
     draft = _Draft(command)
-    if command == "grpo":
-        draft.put_all(_settings(replace(packaged_recipe("method", "grpo"), origin=DEFAULT_OF_COMMAND)))
     files: list[Recipe] = []
     choices: list[Override] = []
     in_files: list[Setting] = []
@@ -99,16 +99,40 @@ def compose(arguments: list[str], command: str | None = None) -> Resolved:
                     choices.append(given)
                 case Override() as given:
                     on_line += _settings_of(given)
-    chosen = _chosen(files, choices)
+    jobs: list[Recipe] = []
+    for name in _chosen(files, choices).get(JOB, []):
+        with draft.collecting():
+            jobs.append(_job(name, command))
+    chosen = _chosen(jobs + files, choices) | {JOB: []}
+    in_files = [setting for job in jobs for setting in _settings(job)] + in_files
     found = translate(in_files + on_line, tables_of(command), frozenset(options()))
     draft.problems += found.problems
-    draft.put_all(found.defaults)
+    first = METHOD if command == "grpo" else groups()[0]  # the rates of models and data sets are for imitation
     for group in groups():
+        if group == first:
+            draft.put_all([*_beginning(command), *found.defaults])
         for name in chosen.get(group, []):
             with draft.collecting():
                 draft.put_all(_settings(packaged_recipe(group, name)))
     draft.put_all(found.settings)
     return draft.resolved(found)
+
+
+def _beginning(command: str | None) -> list[Setting]:
+    """What the command sets by itself."""
+    if command != "grpo":
+        return []
+    return _settings(replace(packaged_recipe(METHOD, "grpo"), origin=DEFAULT_OF_COMMAND))
+
+
+def _job(name: str, command: str | None) -> Recipe:
+    """The job as a recipe file. Raises InputError where it is for another command."""
+    job = packaged_recipe(JOB, name)
+    if "stages" in job.about:
+        raise InputError(f"job={name}: it is several commands, which `posttrain recipes run {name}` runs in order.")
+    if command in ("sft", "grpo") and job.about.get("command", command) != command:
+        raise InputError(f"job={name}: run it by `posttrain {job.about['command']} job={name}`.")
+    return job
 
 
 def _is_choice(given: Override, command: str | None) -> bool:

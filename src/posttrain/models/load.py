@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 EXPORTS = ("checkpoint-best", "checkpoint-final")  # of a run folder, the one to use first
+OWN_MODELS = {"posttrain/tiny": Path(__file__).with_name("tiny")}  # what comes with posttrain: no weights, a tokenizer
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
 
@@ -22,6 +23,8 @@ def find_model(path: str | None, option: str = "model.path") -> str:
     """The folder or hub name behind a path; for a run folder its best export, else its final one. Raises InputError."""
     if not path:
         raise InputError(f"{option} is missing: give a model folder, a run folder, or a name on the hub.")
+    if path in OWN_MODELS:
+        return str(OWN_MODELS[path])
     folder = Path(path)
     if not folder.exists():
         if path.startswith(("/", "./", "../", "~")) or path.count("/") != 1:
