@@ -208,3 +208,13 @@ def test_a_difference_is_paired_by_problem():
     gain = Difference.of(before, after)
     assert gain.mean == 0.5
     assert gain.high - gain.mean == pytest.approx(1.959964 * math.sqrt((4 * 0.25 / 3) / 4))
+
+
+def test_groups_may_be_filtered_by_the_score_or_the_verdict():
+    algorithm = {"filter_groups": True, "overlong_buffer_tokens": 4}
+    for metric, kept in {"reward": [4, 4, 9, 9, 2, 2], "score": [9, 9, 2, 2], "right": [9, 9]}.items():
+        answers = found(
+            [1, 1, 1, 0, 1, 0.5], [4, 4, 9, 9, 2, 2], lengths=[10, 4, 4, 4, 4, 4], filter_metric=metric, **algorithm
+        )
+        assert answers.taken(answers.signal_N).prompts_N.tolist() == kept, metric
+        assert answers.joined(answers).signal_N.tolist() == [*answers.signal_N, *answers.signal_N]

@@ -80,6 +80,9 @@ def _of_answers(config: Config) -> Iterator[tuple[str, str]]:
         yield "algorithm.overlong_penalty", "algorithm.overlong_buffer_tokens is 0"
     if not algorithm.filter_groups:
         yield "algorithm.max_num_gen_batches", "algorithm.filter_groups is false"
+        yield "algorithm.filter_metric", "algorithm.filter_groups is false"
+    elif not algorithm.overlong_buffer_tokens and algorithm.filter_metric == "score":
+        yield "algorithm.filter_metric", "algorithm.overlong_buffer_tokens is 0, so that score and reward are the same"
     if algorithm.policy_loss == "cispo":
         yield "algorithm.dual_clip", "algorithm.policy_loss=cispo has none"
     if _makes_one_update(config):
@@ -182,6 +185,9 @@ def _of_sampling(config: Config, command: str | None) -> Iterator[tuple[str, str
         names = " and ".join(used)
         for option in ("top_p", "top_k"):
             yield f"rollout.{option}", f"at {names} 0 the likeliest token is always taken"
+    if command is not None and not rollout.val_temperature:
+        for option in ("val_top_p", "val_top_k"):
+            yield f"rollout.{option}", "at rollout.val_temperature 0 the likeliest token is always taken"
 
 
 def _of_validation(config: Config, command: str | None) -> Iterator[tuple[str, str]]:
@@ -192,12 +198,15 @@ def _of_validation(config: Config, command: str | None) -> Iterator[tuple[str, s
         yield "data.val_max_samples", reason
     if command is None:
         reason = "it is for validation during training"
-    answering = ("rollout.val_n", "rollout.val_temperature", "trainer.num_val_generations")
+    answering = (
+        "rollout.val_n", "rollout.val_temperature", "rollout.val_top_p", "rollout.val_top_k",
+        "trainer.num_val_generations",
+    )  # fmt: skip
     if reason:
         for name in answering:
             yield name, reason
     elif not config.trainer.num_val_generations:
-        for name in answering[:2]:
+        for name in answering[:-1]:
             yield name, "trainer.num_val_generations is 0, so that validation generates no answers"
     elif config.rollout.val_n > 1 and not config.rollout.val_temperature:
         yield "rollout.val_n", "at rollout.val_temperature=0 it is the same answer each time"
@@ -208,6 +217,7 @@ def _of_rewards(reward: RewardOptions) -> Iterator[tuple[str, str]]:
     own = used.difference(BUILT_IN_REWARDS)
     default_format = "format" in used and reward.format_pattern is None
     if not own:
+        yield "reward.kwargs", "reward.name has no function of your own"
         yield (
             "reward.path",
             f"reward.name is {', '.join(reward.names)}, which is not in the file; name its function, such as compute_score",
@@ -216,12 +226,12 @@ def _of_rewards(reward: RewardOptions) -> Iterator[tuple[str, str]]:
         yield "reward.format_pattern", "reward.name has no format"
     if "length" not in used:
         yield "reward.length_target", "reward.name has no length"
-    if not (default_format or "gsm8k_strict" in used):
+    if not (default_format or used & {"gsm8k_strict", "data_source"}):
         yield "reward.answer_mark", "no reward in reward.name looks for it"
     judge = next((name for name in reward.names if name not in ("format", "length")), None)
     if judge in BUILT_IN_REWARDS:
         yield "reward.right_at", f"{judge} judges, and knows itself what is right"
-    if not own and "math" not in used and ("format" not in used or default_format):
+    if not own and not used & {"math", "data_source"} and ("format" not in used or default_format):
         for option in ("timeout_seconds", "num_workers"):
             yield f"reward.{option}", "the rewards in reward.name need no processes of their own"
 

@@ -32,7 +32,7 @@ RESERVED_KWARGS = (
     "return_assistant_tokens_mask", "sanitize_control_tokens",
 )  # fmt: skip
 
-BUILT_IN_REWARDS = ("gsm8k_strict", "gsm8k_flexible", "math", "format", "length")
+BUILT_IN_REWARDS = ("gsm8k_strict", "gsm8k_flexible", "math", "data_source", "format", "length")
 
 
 def expand_path(path: str) -> str:
@@ -345,6 +345,10 @@ class RolloutOptions(Section):
     """Answers to each validation problem: pass@1 is their mean, pass@k the chance that one of k is right."""
     val_temperature: NonNegativeFloat = 0.0
     """`rollout.temperature` of validation during training."""
+    val_top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """`rollout.top_p` of validation during training. Not given: the same."""
+    val_top_k: NonNegativeInt | None = None
+    """`rollout.top_k` of validation during training. Not given: the same."""
     batch_size: PositiveInt = 64
     """Answers written at the same time on one device."""
 
@@ -375,13 +379,15 @@ class RewardOptions(Section):
     """How an answer is judged. docs/rewards.md defines each reward."""
 
     name: TextList = []
-    """One reward or several, whose weighted sum counts: gsm8k_strict, gsm8k_flexible, math, format, length, or functions of
-    `reward.path`. Not given: gsm8k_strict, or compute_score where there is a `reward.path`."""
+    """One reward or several, whose weighted sum counts: gsm8k_strict, gsm8k_flexible, math, data_source, format, length, or
+    functions of `reward.path`. Not given: gsm8k_strict, or compute_score where there is a `reward.path`."""
     weights: NumberList = []
     """What each of `reward.name` is multiplied by, in their order. Not given: 1 each."""
     path: PathText | None = None
     """Python file with functions of your own: compute_score(data_source, solution_str, ground_truth, extra_info), as verl
     calls them. They run in processes of their own."""
+    kwargs: dict[str, Any] = {}
+    """Further arguments of every function of `reward.path`, by name, such as `{penalty: 0.5}`."""
     right_at: float = 1.0
     """An answer is right if a reward that only gives numbers gives at least this."""
     answer_mark: Annotated[str, Field(min_length=1)] = "####"
@@ -450,6 +456,9 @@ class AlgorithmOptions(Section):
     """Weight of the entropy that the loss rewards."""
     filter_groups: bool = False
     """Leave out groups whose answers all have the same reward: nothing can be learnt from them (dynamic sampling, DAPO)."""
+    filter_metric: Literal["reward", "score", "right"] = "reward"
+    """What is compared for `algorithm.filter_groups`: the reward with over-long shaping, the score without it, or whether answers
+    are right."""
     max_num_gen_batches: PositiveInt = 1
     """With `algorithm.filter_groups`, how often further prompts may be asked in a step until `data.train_batch_size` groups are
     left; 1 makes do with those that are."""

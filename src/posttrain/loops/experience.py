@@ -34,6 +34,7 @@ class Experience:
     seconds: dict[str, float] = field(default_factory=dict)
     tool_counts: dict[str, int] = field(default_factory=dict)  # see ToolCounts; none without tools
     warnings: list[str] = field(default_factory=list)  # of the engines that answered
+    compared: str = "reward"  # by what a group has a signal: reward, score (without over-long shaping) or right
 
     def __len__(self) -> int:
         return len(self.completions)
@@ -41,7 +42,7 @@ class Experience:
     @property
     def signal_N(self) -> np.ndarray:
         """Whether (bool, N) anything can be learnt from the answer's group."""
-        return has_signal(self.rewards_N, self.prompts_N)
+        return has_signal(self._compared_N, self.prompts_N)
 
     @property
     def num_with_signal(self) -> int:
@@ -86,7 +87,19 @@ class Experience:
             {name: self.seconds[name] + other.seconds[name] for name in self.seconds},
             {name: self.tool_counts[name] + other.tool_counts[name] for name in self.tool_counts},
             [*self.warnings, *other.warnings],
+            self.compared,
         )
+
+    @property
+    def _compared_N(self) -> np.ndarray:
+        match self.compared:
+            case "score":
+                return _scores(self.scores)
+            case "right":
+                known = {Verdict.RIGHT: 1.0, Verdict.WRONG: 0.0}
+                return np.array([known.get(score.verdict, math.nan) for score in self.scores])
+            case _:
+                return self.rewards_N
 
     def metrics(self) -> dict[str, float | None]:
         """What a person wants to know of them; means over answers, shares of groups."""
@@ -126,14 +139,17 @@ def experience(
     """Answers, each with the number of its problem, the problem and its score; over-long shaping comes off their rewards."""
     prompts_N = np.array([number for number, *_ in answers], dtype=np.int64)
     completions, scores = [completion for _, _, completion, _ in answers], [score for *_, score in answers]
-    rewards_N = np.array([math.nan if score.reward is None else score.reward for score in scores], dtype=np.float64)
+    rewards_N = _scores(scores)
     if algorithm.overlong_buffer_tokens:
         lengths_N = np.array([completion.num_trained for completion in completions])
         rewards_N -= overlong_penalty(
             lengths_N, max_new_tokens, algorithm.overlong_buffer_tokens, algorithm.overlong_penalty
         )
     problems = [problem for _, problem, _, _ in answers]
-    return Experience(problems, prompts_N, completions, scores, rewards_N, seconds, tool_counts or {}, warnings or [])
+    compared = algorithm.filter_metric if algorithm.filter_groups else "reward"
+    return Experience(
+        problems, prompts_N, completions, scores, rewards_N, seconds, tool_counts or {}, warnings or [], compared
+    )
 
 
 def overlong_penalty(lengths_N: np.ndarray, max_new_tokens: int, buffer: int, penalty: float) -> np.ndarray:
@@ -183,6 +199,11 @@ def samples_of(row: int, completion: Completion) -> list[Sample]:
         if weights_T[1:].any():
             samples.append(Sample(row, ids_T, weights_T, signals, len(piece.prompt_ids_T)))
     return samples
+
+
+def _scores(scores: Sequence[Score]) -> np.ndarray:
+    """The reward of each (float64, N), NaN where nobody could tell."""
+    return np.array([math.nan if score.reward is None else score.reward for score in scores], dtype=np.float64)
 
 
 def _mean(values: np.ndarray) -> float | None:

@@ -72,7 +72,11 @@ def accuracy_of(
     pass@k. What could not be judged is said. Every process calls this."""
     world.watchdog.beat("answering", patient=True)
     requests = requests_for(problems, options.val_n, options.max_new_tokens, seed)
-    sampling = Sampling(options.val_temperature, options.top_p, options.top_k)
+    sampling = Sampling(
+        options.val_temperature,
+        options.top_p if options.val_top_p is None else options.val_top_p,
+        options.top_k if options.val_top_k is None else options.val_top_k,
+    )
 
     def alive(_: int) -> None:
         world.watchdog.alive()

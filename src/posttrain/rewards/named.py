@@ -10,6 +10,7 @@ from functools import partial
 from posttrain.config.schema import BUILT_IN_REWARDS, RewardOptions
 from posttrain.errors import InputError
 from posttrain.rewards.built_in import (
+    load_by_source,
     load_flexible,
     load_format,
     load_length,
@@ -51,6 +52,8 @@ def _part(name: str, weight: float, options: RewardOptions) -> Part:
             return Part(name, weight, load_flexible)
         case "math":
             return Part(name, weight, load_math, in_worker=True)
+        case "data_source":
+            return Part(name, weight, partial(load_by_source, mark), in_worker=True)
         case "format":
             # a pattern of one's own may backtrack for ever
             own = options.format_pattern
@@ -62,5 +65,5 @@ def _part(name: str, weight: float, options: RewardOptions) -> Part:
             return Part(name, weight, load, judges=False, needs_truth=False)
     if options.path is None:
         raise InputError(f"reward.name={name} is not built in, and reward.path names no file that could have it.")
-    load = partial(load_function, options.path, name, right_at)
+    load = partial(load_function, options.path, name, right_at, options.kwargs)
     return Part(name, weight, load, needs_truth=False, in_worker=True)

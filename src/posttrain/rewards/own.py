@@ -26,8 +26,8 @@ def check_file(path: str) -> None:
         )
 
 
-def load_function(path: str, name: str, right_at: float) -> Reward:
-    """The function as a reward. Raises InputError where the file does not import or has no such function."""
+def load_function(path: str, name: str, right_at: float, kwargs: dict[str, Any] | None = None) -> Reward:
+    """The function, with `kwargs` among its arguments, as a reward. Raises InputError where the file does not import or has no such function."""
     file = str(Path(path).resolve())
     module = import_file(file, "reward.path")
     function = getattr(module, name, None)
@@ -37,8 +37,8 @@ def load_function(path: str, name: str, right_at: float) -> Reward:
             f"reward.name={name}: {path} has no such function; it has {', '.join(there) or 'none'}. "
             "Name it in reward.name, or choose a built-in reward."
         )
-    _check_arguments(function, f"reward.name={name} of {path}")
-    return partial(_ask, function, right_at, file)
+    _check_arguments(function, f"reward.name={name} of {path}", kwargs or {})
+    return partial(_ask, partial(function, **(kwargs or {})), right_at, file)
 
 
 def outcome_of(value: Any, right_at: float) -> Outcome:
@@ -73,7 +73,9 @@ def _ask(function: Callable[..., Any], right_at: float, file: str, answer: Answe
         return Outcome.unknown(f"it raised {where(error, file)}")
 
 
-def _check_arguments(function: Callable[..., Any], named: str) -> None:
+def _check_arguments(function: Callable[..., Any], named: str, kwargs: dict[str, Any]) -> None:
+    if twice := [name for name in ARGUMENTS if name in kwargs]:
+        raise InputError(f"reward.kwargs sets {twice[0]}, which a function gets of each answer; take it out.")
     if inspect.iscoroutinefunction(function):
         raise InputError(f"{named} is async; expected a plain function, which runs in a process of its own anyway.")
     try:
@@ -81,10 +83,11 @@ def _check_arguments(function: Callable[..., Any], named: str) -> None:
     except (TypeError, ValueError):  # of a function written in C, which has none
         return
     try:
-        signature.bind(**dict.fromkeys(ARGUMENTS))
+        signature.bind(**dict.fromkeys((*ARGUMENTS, *kwargs)))
     except TypeError as error:
+        of_kwargs = f", and {', '.join(kwargs)} of reward.kwargs" if kwargs else ""
         raise InputError(
-            f"{named} takes {signature}: {error}. Expected ({', '.join(ARGUMENTS)}), which are given by name."
+            f"{named} takes {signature}: {error}. Expected ({', '.join(ARGUMENTS)}){of_kwargs}, which are given by name."
         ) from None
 
 
