@@ -12,6 +12,10 @@ class RunError(Exception):
     """A run that had begun cannot go on."""
 
 
+class OutOfMemory(RunError):
+    """Memory ran out in this process: the others do not raise it, and lose contact instead."""
+
+
 class RunStopped(Exception):
     """A run that a signal asked to stop, and that has saved."""
 

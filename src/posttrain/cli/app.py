@@ -34,7 +34,7 @@ from posttrain.cli.begin import (
 )
 from posttrain.cli.data import data_app
 from posttrain.cli.recipes import recipes_app
-from posttrain.errors import InputError, RunError, RunStopped
+from posttrain.errors import InputError, OutOfMemory, RunError, RunStopped
 
 if TYPE_CHECKING:
     from posttrain.config.compose import Resolved
@@ -249,6 +249,10 @@ def _exit_code(command: Callable[[], object]) -> int:
     try:
         result = command()
         return result if isinstance(result, int) else 0
+    except OutOfMemory as error:
+        if not _tell_launcher(error):
+            _complain(error, of_any_rank=True)
+        return 3
     except (InputError, RunError) as error:
         _complain(error)
         return 2 if isinstance(error, InputError) else 3

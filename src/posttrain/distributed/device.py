@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -144,6 +145,14 @@ class Device:
         allocated = getattr(self._module, "max_memory_allocated", None)
         return allocated(self.torch_device) / 2**30 if allocated else None
 
+    def capacity_gib(self) -> float | None:
+        """Memory that this process may use: the accelerator's; on CPU its part of the machine's, or the limit set for it. None
+        where unknown."""
+        if self.type == HOST:
+            return _host_memory_bytes() / 2**30
+        told = getattr(self._module, "mem_get_info", None)
+        return told(self.torch_device)[1] / 2**30 if told else None
+
     def reset_peak_memory(self) -> None:
         """Begin to count the peak anew, where the device can."""
         reset = getattr(self._module, "reset_peak_memory_stats", None) if self.type != HOST else None
@@ -195,6 +204,25 @@ def choose_device(wanted: str = "auto") -> Device:
                          f"Set trainer.n_gpus_per_node={count}, or start so many.")  # fmt: skip
     torch.accelerator.set_device_index(local_rank)
     return Device(torch.device(kind, local_rank))
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether it says that there was no memory left. Allocators of CPUs and of some accelerators have no error of their own."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    signs = ("can't allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
+def _host_memory_bytes() -> float:
+    """Of this machine or this container, shared by the processes started here; less where a limit is set for each."""
+    machine = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    container = Path("/sys/fs/cgroup/memory.max")
+    if container.exists() and (limit := container.read_text().strip()).isdecimal():
+        machine = min(machine, float(limit))
+    own = resource.getrlimit(resource.RLIMIT_AS)[0]
+    shared = machine / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return shared if own == resource.RLIM_INFINITY else min(shared, float(own))
 
 
 @cache

@@ -83,6 +83,15 @@ def build_reference(engine: Engine, model: ModelOptions, layout: EngineOptions, 
     return copy
 
 
+def count_weights(model: ModelOptions, dtype: torch.dtype) -> tuple[int, int]:
+    """How many of the model's weights are trained, and how many there are, without loading any."""
+    lm, _ = empty_model(**_source(model))
+    if wants_adapters(model):
+        add_adapters(lm, model, dtype)
+    numbers = [(weight.numel(), weight.requires_grad) for weight in lm.parameters()]
+    return sum(number for number, trained in numbers if trained), sum(number for number, _ in numbers)
+
+
 def kept_dtype(model: ModelOptions) -> torch.dtype:
     """The number format of trained weights between steps."""
     return getattr(torch, model.weights_dtype)

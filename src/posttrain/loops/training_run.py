@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import yaml
 
 from posttrain.config.schema import Config
 from posttrain.data.batches import Schedule
 from posttrain.data.chat import ChatTokenizer
-from posttrain.distributed.device import choose_device
+from posttrain.distributed.device import choose_device, ran_out_of_memory
 from posttrain.distributed.watchdog import watching
 from posttrain.distributed.world import World, join_world
 from posttrain.engine.build import kept_dtype
@@ -25,6 +26,7 @@ from posttrain.engine.checkpoint import Checkpoints, Progress, check_is_checkpoi
 from posttrain.engine.engine import Engine
 from posttrain.engine.export import export, export_adapter
 from posttrain.errors import InputError, RunError, RunStopped
+from posttrain.loops.run_advice import RunAdvice
 from posttrain.loops.step_log import StepLog, StepWork
 from posttrain.models.flops import forward_backward_flops
 from posttrain.models.load import find_model, load_config
@@ -76,6 +78,7 @@ class TrainingRun:
         self.copy = RemoteCopy(self.folder.path, remote) if remote and world.is_main else None
         self.checkpoints = Checkpoints(self.folder.path, config.trainer.max_ckpt_to_keep, world, self._update_copy)
         self.metrics = Metrics(None)
+        self.advice = RunAdvice(config, world, self.folder, display)
         self.resolved_yaml = ""
         self.state = RunState(world_size=world.size, versions=library_versions())
         self.progress = Progress(step=0, best=None, best_step=None, stale_validations=0, data="", model="", updates=0)
@@ -102,11 +105,13 @@ class TrainingRun:
                 yield run
             except RunStopped:
                 raise
-            except BaseException:
+            except BaseException as error:
                 display.end_work()
                 run._write_failure()
                 if run.copy:
                     display.say(f"{run.copy.url} may lack what was written last; the same command brings it up to date")
+                if ran_out_of_memory(error):
+                    raise run.advice.out_of_memory(error) from error
                 raise
 
     def plan(self, data: RunData, lines: list[str], report: dict[str, Any]) -> None:
@@ -125,6 +130,7 @@ class TrainingRun:
             self.folder.write_json("data_report.json", report)
             self.folder.write_state(self.state)
             self._update_copy()
+        self.advice.plan(data, shape, report, read_progress(self._found).step if self._found else -1)
 
     def resume(self, engine: Engine) -> None:
         """Go on from the newest checkpoint, if there is one, and begin to write metrics."""
@@ -140,7 +146,8 @@ class TrainingRun:
         self.state.step, self.state.best_step = self.progress.step, self.progress.best_step
         if self.world.is_main:
             drop_after(self.folder.metrics, self.step if self._found else -1)
-            self.metrics = Metrics(self.folder.metrics, self._trackers())
+            self.metrics = Metrics(self.folder.metrics, [*self._trackers(), self.advice.history])
+        self.advice.begin()
         trainer, device = self.config.trainer, self.world.device
         if engine.adapters:
             trained, every = engine.num_weights()
@@ -207,6 +214,7 @@ class TrainingRun:
             self.display.say(f"step {self.step}: {shown}{' (best so far)' if better and self.step else ''}")
             if better and self.step:  # the model before training lies where it came from
                 self._export(engine, "checkpoint-best")
+            self.advice.look()
         self.log.restart_clock()
 
     def save(self, engine: Engine) -> None:
@@ -240,6 +248,7 @@ class TrainingRun:
             exact = dtype == computed == torch.float32
             check_export(engine, self.folder.path / "checkpoint-final", exact, self.config.model.trust_remote_code)
         self._write_state("finished")
+        self.advice.conclude()
         self._finish_copy()
         self._say_what_next()
 
@@ -276,15 +285,24 @@ class TrainingRun:
             raise InputError(
                 f"{place} was trained on other data or other batches (rows, tokenizer, template, max_length, batch size, "
                 "seed or shuffling differ; in GRPO also reward, algorithm, tools and sampling). Use the same, or begin another run, with "
-                "another trainer.default_local_dir and without trainer.resume_from_path."
+                f"another trainer.default_local_dir and without trainer.resume_from_path.{self._changed_options(place.parent)}"
             )
         if found.model != self.progress.model:
             raise InputError(
                 f"{place} holds another model than {self.config.model.path}, or other adapters (model.lora_rank, lora_alpha, "
                 "target_modules). Use the same, or begin another run, with another trainer.default_local_dir and without "
-                "trainer.resume_from_path."
+                f"trainer.resume_from_path.{self._changed_options(place.parent)}"
             )
         return place
+
+    def _changed_options(self, folder: Path) -> str:
+        """Which options of this run are not those of the run in the folder, said as one more line."""
+        saved = folder / "config.yaml"
+        if not saved.exists():
+            return ""
+        before, now = (_flat(yaml.safe_load(text)) for text in (saved.read_text(), self.resolved_yaml))
+        changed = [f"{name}={now[name]} ({before.get(name)} before)" for name in now if now[name] != before.get(name)]
+        return f"\nNot as in {saved}: {', '.join(changed)}." if changed else ""
 
     def _compare(self, value: float, step: int) -> bool:
         """Whether a validation is the best so far (NaN never is); counts those that are not, for early stopping."""

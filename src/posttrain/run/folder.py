@@ -42,6 +42,10 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def advice(self) -> Path:
+        return self.path / "advice.jsonl"
+
+    @property
     def config(self) -> Path:
         return self.path / "config.yaml"
 
