@@ -20,7 +20,9 @@ WARM = [
     "torch.distributed.tensor", "transformers.models.auto.modeling_auto", "transformers.models.qwen2.modeling_qwen2",
     "transformers.models.qwen2.tokenization_qwen2", "transformers.generation", "safetensors.torch", "pyarrow.parquet",
     "hydra.core.override_parser.overrides_parser", "omegaconf", "fsspec", "numpy.ma", "rich._emoji_codes",
-    "posttrain.cli.app", "posttrain.loops.sft", "posttrain.loops.grpo", "posttrain.config.compose",
+    "transformers.models.qwen3.modeling_qwen3", "transformers.models.llama.modeling_llama", "peft",
+    "posttrain.cli.app", "posttrain.loops.sft", "posttrain.loops.grpo", "posttrain.loops.evaluate", "posttrain.config.compose",
+    "warmed",
 ]  # fmt: skip
 SECONDS = 120  # longer than anything here should ever take
 
@@ -37,14 +39,17 @@ class Moment:
 
 def start_server() -> None:
     """Import everything once, before any thread is there. Processes that tests fork inherit one thread for torch."""
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
+    here = str(Path(__file__).parent)  # Python 3.11 gives the server no path of ours
+    wanted = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
     multiprocessing.get_context("forkserver").set_forkserver_preload(WARM)
     forkserver.ensure_running()
-    if before is None:
-        del os.environ["OMP_NUM_THREADS"]
-    else:
-        os.environ["OMP_NUM_THREADS"] = before
+    for name, value in before.items():
+        if value is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = value
 
 
 @dataclass
