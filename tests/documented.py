@@ -177,9 +177,9 @@ def furnish(rank: int, size: int, folder: Path) -> None:
 def as_written(rank: int, size: int, words: list[str], place: Path, home: Path, told: Path) -> None:
     """Run `posttrain WORDS` in the folder `place`. Of a command that trains, first write the options as written to `told`."""
     os.chdir(place)
-    _use_hub(words, home)
-    if trains(words):
-        options = _as_resolved(words)
+    options = _as_resolved(words) if trains(words) else None
+    _use_hub(words, options, home)
+    if options is not None:
         if rank == 0:
             told.write_text(json.dumps(options))
         words = [*words, *smaller(words, options, size, home)]
@@ -262,14 +262,17 @@ def _composed(words: list[str]) -> dict[str, Any]:
     return compose(arguments, words[0] if words[0] == "grpo" else None).config.model_dump()
 
 
-def _use_hub(words: list[str], home: Path) -> None:
+def _use_hub(words: list[str], options: dict[str, Any] | None, home: Path) -> None:
     """Names on the hub are there, without a network: a model is a tiny one, a data set the problems of the quickstart."""
     from huggingface_hub import constants
 
     constants.HF_HUB_CACHE, constants.HF_HUB_OFFLINE = str(home / "hub"), True
     sys.modules["datasets"] = _data_sets(home)
-    model = _composed(words)["model"]
-    names = {word.rpartition("=")[2] for word in words} | {model["path"], model["tokenizer_path"]}
+    names = {word.rpartition("=")[2] for word in words}
+    if options is None and any(re.search(r"^(model|job)=|\.ya?ml$", word) for word in words):
+        options = {"model.path": _composed(words)["model"]["path"]}
+    if options is not None:
+        names |= {options["model.path"], options.get("model.tokenizer_path")}
     for name in names - {None}:
         if HUB_NAME.fullmatch(name) and not Path(name).exists():
             _put_on_hub(name, home)

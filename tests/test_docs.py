@@ -23,10 +23,8 @@ NOT_OPTIONS = {"engine.step"}  # written like one
 # what a page names that another page makes: a model
 
 MADE_ELSEWHERE = {"tools.md": "checkpoints/sft_run"}
-# commands whose options are resolved, and which are not run
-NOT_RUN = {
-    "trainer.nnodes": "it needs several machines",
-}
+# commands that are resolved and not run: on several machines
+SEVERAL_MACHINES = re.compile(r"trainer\.nnodes=([2-9]|\$)|--nnodes=[2-9]")
 
 
 @pytest.fixture(scope="session")
@@ -68,7 +66,7 @@ def run_page(page: Path, home: Path, folder: Path) -> None:
 
 
 def run_command(command: Written, place: Path, home: Path, told: Path) -> str | None:
-    resolved_only = command.has_gap or any(word.partition("=")[0] in NOT_RUN for word in command.words)
+    resolved_only = command.has_gap or any(map(SEVERAL_MACHINES.match, [*command.launcher, *command.words]))
     home_folder = place / "checkpoints" / command.words[0]
     if home_folder.exists() and not any(
         word.startswith(("trainer.default_local_dir=", "--output_dir")) for word in command.words
