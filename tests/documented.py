@@ -194,6 +194,8 @@ def as_written(rank: int, size: int, words: list[str], place: Path, home: Path, 
         words = [*words, *small, count]
     elif words[:2] in (["data", "show"], ["data", "batches"]):
         words = [*words, f"data.cache_dir={home / 'cache'}"]
+    elif words[:2] == ["recipes", "run"]:
+        words = [*words, "--print"]  # it would start each of its commands anew, on the hub and in full
     elif words[0] == "quickstart":
         _shorten_quickstart()
     _run(words)
@@ -269,7 +271,7 @@ def _use_hub(words: list[str], options: dict[str, Any] | None, home: Path) -> No
     constants.HF_HUB_CACHE, constants.HF_HUB_OFFLINE = str(home / "hub"), True
     sys.modules["datasets"] = _data_sets(home)
     names = {word.rpartition("=")[2] for word in words}
-    if options is None and any(re.search(r"^(model|job)=|\.ya?ml$", word) for word in words):
+    if words[0] == "data" and any(re.search(r"^(model|job)=|\.ya?ml$", word) for word in words):
         options = {"model.path": _composed(words)["model"]["path"]}
     if options is not None:
         names |= {options["model.path"], options.get("model.tokenizer_path")}
