@@ -180,9 +180,8 @@ def as_written(rank: int, size: int, words: list[str], place: Path, home: Path, 
     options = _as_resolved(words) if trains(words) else None
     _use_hub(words, options, home)
     if options is not None:
-        if rank == 0:
-            told.write_text(json.dumps(options))
-        words = [*words, *smaller(words, options, size, home)]
+        told.write_text(json.dumps(options))
+        words = [*words, *smaller(words, options, home)]
     elif words[0] in ("evaluate", "generate"):
         count = "--limit=3" if words[0] == "evaluate" else "--num_samples=2"
         small = [
@@ -216,7 +215,7 @@ def trains(words: list[str]) -> bool:
     return words[0] in ("sft", "grpo") and not {"--help", "--print_config"} & set(words)
 
 
-def smaller(words: list[str], options: dict[str, Any], size: int, home: Path) -> list[str]:
+def smaller(words: list[str], options: dict[str, Any], home: Path) -> list[str]:
     """What is added to a command that trains so that it takes a second on a CPU: amounts, and what this machine lacks."""
     changed: dict[str, Any] = {"data.cache_dir": home / "cache", "trainer.device": "cpu"}
     if "--eval_only" not in words:
@@ -226,7 +225,7 @@ def smaller(words: list[str], options: dict[str, Any], size: int, home: Path) ->
     at_most = {
         "data.train_batch_size": 4, "rollout.max_new_tokens": 8, "rollout.val_n": 2, "trainer.num_val_generations": 2,
         "algorithm.ppo_mini_batch_size": 2, "optim.lr_warmup_steps": 1, "algorithm.overlong_buffer_tokens": 4,
-        "engine.fsdp_size": size, "engine.ulysses_sequence_parallel_size": size, "trainer.n_gpus_per_node": size,
+        "engine.fsdp_size": 1, "engine.ulysses_sequence_parallel_size": 1, "trainer.n_gpus_per_node": 1,
     }  # fmt: skip
     changed |= {key: most for key, most in at_most.items() if (options[key] or 0) > most}
     if options["rollout.name"] == "vllm":
@@ -289,7 +288,7 @@ def _put_on_hub(name: str, home: Path) -> None:
     for folder in (entry / "refs", entry / "snapshots"):
         folder.mkdir(parents=True, exist_ok=True)
     (entry / "refs" / "main").write_text(commit)
-    with contextlib.suppress(FileExistsError):  # another command, or another process of this one, was first
+    with contextlib.suppress(FileExistsError):  # another command was first
         (entry / "snapshots" / commit).symlink_to(home / "models" / architecture)
 
 

@@ -1,4 +1,4 @@
-"""Every command in the docs is run as it is written, with tiny models and amounts; see tests/documented.py."""
+"""Every command in the docs is run as it is written, with tiny models and amounts, in one process; see tests/documented.py."""
 
 import json
 import os
@@ -73,24 +73,19 @@ def run_command(command: Written, place: Path, home: Path, told: Path) -> str | 
     ):
         shutil.rmtree(home_folder)  # commands that name no run folder are examples beside each other
     function = documented.only_resolved if resolved_only else documented.as_written
-    size = 2 if command.page.name == "README.md" and shares_rows(command.words) and not resolved_only else 1
     arguments = (command.words, place, home, told)
-    group = forked.start(function, size, *arguments, said=told.with_suffix(".said"))
+    group = forked.start(function, 1, *arguments, said=told.with_suffix(".said"))
     codes = group.wait()
     if set(codes) != {0}:
         return f"exit codes {codes}: {group.output()[-3000:]}"
     trained = documented.trains(command.words) and "--eval_only" not in command.words
-    return differences(told, command, size, place, home) if trained and not resolved_only else None
+    return differences(told, command, place, home) if trained and not resolved_only else None
 
 
-def shares_rows(words: list[str]) -> bool:
-    return any(re.search(r"\bsp2\b|ulysses_sequence_parallel_size=[2-9]", word) for word in words)
-
-
-def differences(told: Path, command: Written, size: int, place: Path, home: Path) -> str | None:
+def differences(told: Path, command: Written, place: Path, home: Path) -> str | None:
     """What the run's own config.yaml has otherwise than the command as written, but for what makes it small."""
     written = json.loads(told.read_text())
-    made_small = {word.partition("=")[0] for word in documented.smaller(command.words, written, size, home)}
+    made_small = {word.partition("=")[0] for word in documented.smaller(command.words, written, home)}
     config = yaml.safe_load((place / written["trainer.default_local_dir"] / "config.yaml").read_text())
     kept = {key: value for key, value in written.items() if key not in made_small | {"data.date"}}
     in_force = {key: config[key.split(".")[0]][key.split(".")[1]] for key in kept}
