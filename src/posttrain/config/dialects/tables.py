@@ -14,7 +14,11 @@ from typing import Any
 import yaml
 
 FOLDER = Path(__file__).parent
-OF_COMMAND = {"sft": ("verl_sft", "tutorials"), "grpo": ("verl_grpo", "tutorials"), None: ("verl_sft", "verl_grpo", "tutorials")}
+OF_COMMAND = {
+    "sft": ("verl_sft", "tutorials"),
+    "grpo": ("verl_grpo", "tutorials"),
+    None: ("verl_sft", "verl_grpo", "tutorials"),
+}
 
 Lookup = Callable[[str], Any]
 Rule = Callable[[Lookup], dict[str, Any]]
