@@ -180,6 +180,7 @@ HEALTHY = {
     "adapters": seen([training(FALLING)], options=["model.lora_rank=16", "optim.lr=2e-4"]),
     "0.5B at 2e-5": seen([training(FALLING)], num_weights=494_000_000, options=["optim.lr=2e-5"]),
     "4 steps that were asked for": seen(num_updates=4, options=["trainer.total_training_steps=4"]),
+    "600 rows of 7,473 that were asked for": seen(rows={"rows_read": 7473, "rows_used": 600}),
     "earns more": seen([answers(), accuracy(0.45, 0.5)], rl=True, earlier=EARLIER, options=ON_T),
     "accuracy within its interval": seen([answers(), accuracy(0.5, 0.48)], rl=True, options=ON_T),
     "reward wavers": seen([answers(reward_mean=course(0.5, 0.48, num=40))], rl=True),

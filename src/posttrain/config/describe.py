@@ -124,7 +124,7 @@ def translations(resolved: Resolved) -> list[str]:
     for origin in dict.fromkeys(resolved.origins[key] for key in kept):
         held = (key.split(".") for key in kept if resolved.origins[key] == origin)
         told = ", ".join(f"{section}.{option}={shown(values[section][option])}" for section, option in held)
-        lines.append(f"{origin}, where it changes the result: {told}")
+        lines.append(f"{origin} kept: {told}")
     return lines
 
 

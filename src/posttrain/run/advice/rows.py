@@ -10,11 +10,11 @@ FEW_TRAINED = 0.01
 
 def dropped_rows(seen: Seen) -> Advice | None:
     """bad-rows: a large share of the rows is left out."""
-    read, used = seen.rows.get("rows_read", 0), seen.rows.get("rows_used", 0)
-    if read < 8 or read - used < MANY_DROPPED * read:
+    read, dropped = seen.rows.get("rows_read", 0), sum(seen.rows_dropped.values())
+    if read < 8 or dropped < MANY_DROPPED * read:
         return None
     reasons = "; ".join(f"{count:,}: {reason}" for reason, count in seen.rows_dropped.items())
-    found = f"{read - used:,} of {read:,} rows ({1 - used / read:.0%}) are left out ({reasons})."
+    found = f"{dropped:,} of {read:,} rows ({dropped / read:.0%}) are left out ({reasons})."
     files = " ".join(seen.config.data.train_files)
     remedies = [f"See each with its line: posttrain data check {files}"]
     if any("long" in reason for reason in seen.rows_dropped):
