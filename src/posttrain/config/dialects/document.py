@@ -37,7 +37,7 @@ def _lines(table: Table, title: str) -> Iterator[str]:
     yield from _table(
         "Without effect here",
         ("option", "values", "why"),
-        ((_key(row), _values(row), row.ignored or "") for row in ignored),
+        ((_key(row), _values(row), row.reason) for row in ignored),
     )
     yield from _table(
         "Refused",

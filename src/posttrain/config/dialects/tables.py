@@ -37,6 +37,11 @@ class Row:
     ignored: str | None = None
     refused: str | None = None
 
+    @property
+    def reason(self) -> str:
+        """Why an accepted value changes nothing."""
+        return self.ignored or "it asks for what posttrain does"
+
     def our_key(self, key: str) -> str:
         """The option that `key`, which this row is about, becomes."""
         (ours,) = self.becomes

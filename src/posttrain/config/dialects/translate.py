@@ -148,7 +148,8 @@ class _Work:
 
     def _without_effect(self, key: str) -> dict[str, str]:
         row = row_of(self.tables, key)
-        return {"key": key, "reason": (row and row.ignored) or "it asks for what posttrain does"}
+        assert row
+        return {"key": key, "reason": row.reason}
 
 
 def _version(tables: tuple[Table, ...], given: set[str]) -> tuple[str, Version] | None:
