@@ -83,9 +83,15 @@ def build_reference(engine: Engine, model: ModelOptions, layout: EngineOptions, 
     return copy
 
 
-def count_weights(model: ModelOptions, dtype: torch.dtype) -> tuple[int, int]:
-    """How many of the model's weights are trained, and how many there are, without loading any."""
-    lm, _ = empty_model(**_source(model))
+def count_weights(model: ModelOptions, dtype: torch.dtype) -> tuple[int, int] | None:
+    """How many of the model's weights are trained, and how many there are, without loading any; None for a model whose own code
+    cannot make it without memory."""
+    try:
+        lm, _ = empty_model(**_source(model))
+    except InputError:
+        raise
+    except Exception:  # of any kind: what loads it needs not fail, and says better what is wrong if it does
+        return None
     if wants_adapters(model):
         add_adapters(lm, model, dtype)
     numbers = [(weight.numel(), weight.requires_grad) for weight in lm.parameters()]

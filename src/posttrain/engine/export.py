@@ -56,11 +56,8 @@ def _on_main(engine: Engine, weights: Iterable[tuple[str, Tensor]], dtype: torch
 
 
 def _assemble(engine: Engine, weights: Iterable[tuple[str, Tensor]]) -> Any:
-    from transformers import AutoModelForCausalLM
-
     source = engine.policy.lm
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(deepcopy(source.config))
+    model = _unfilled(source.config)
     model.load_state_dict(dict(weights), assign=True)
     model.tie_weights()
     kept = dict(model.named_parameters())
@@ -73,6 +70,17 @@ def _assemble(engine: Engine, weights: Iterable[tuple[str, Tensor]]) -> Any:
     model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
     model.generation_config = deepcopy(source.generation_config)
     return model.eval()
+
+
+def _unfilled(config: Any) -> Any:
+    """A model whose weights are yet to come: without memory, where its code can make it so."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(deepcopy(config))
+    except Exception:  # code of its own, which may need values that are not there: what is wrong else, is so again
+        return AutoModelForCausalLM.from_config(deepcopy(config))
 
 
 def _write(model: Any, tokenizer: Any, folder: Path, end_ids: set[int]) -> None:

@@ -5,6 +5,7 @@ The rules stand in `run/advice/`; here is what they are told, and when.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from posttrain.config.schema import Config
@@ -35,21 +36,33 @@ class RunAdvice:
     def plan(self, data: Any, shape: Any, report: dict[str, Any], resumed_at: int) -> None:
         """Say what memory the run needs, and whether that cannot be, before a model of this shape is loaded."""
         dtype = self.world.device.compute_dtype(self.config.model.dtype)
-        trained, every = count_weights(self.config.model, dtype)
-        self.needs = _needs(data, self.config, self.world, shape, trained, every)
-        capacity = self.world.device.capacity_gib()
-        self.display.say(memory_line(self.needs, capacity))
+        counted = count_weights(self.config.model, dtype)
+        self._needs_of = partial(_needs, data, self.config, self.world, shape)
+        self.needs = self._needs_of(*counted) if counted else None
         if self.world.is_main:
             drop_after(self.folder.advice, resumed_at)
-            self._adviser = Adviser(self.folder, self.display.say, self._seen(data, shape, report, trained, every))
-            no_room = does_not_fit(self.needs, self.config, capacity, self.world.device.has_own_memory)
-            self._adviser.tell(no_room, "before training")
+            self._adviser = Adviser(self.folder, self.display.say, self._seen(data, shape, report))
+        self._say_memory()
 
-    def begin(self) -> None:
-        """Say what is unusual before the first step."""
+    def begin(self, trained: int, every: int) -> None:
+        """Say what is unusual before the first step of a model with so many weights, of which so many are trained."""
+        if self.needs is None:
+            self.needs = self._needs_of(trained, every)
+            self._say_memory()
         if self._adviser:
+            self._adviser.seen.num_trained, self._adviser.seen.num_weights = trained, every
             self.history.read(self.folder.metrics)
             self._adviser.begin()
+
+    def _say_memory(self) -> None:
+        if self.needs is None:  # it is said when the model is there
+            return
+        device = self.world.device
+        capacity = device.capacity_gib()
+        self.display.say(memory_line(self.needs, capacity))
+        if self._adviser:
+            no_room = does_not_fit(self.needs, self.config, capacity, device.has_own_memory)
+            self._adviser.tell(no_room, "before training")
 
     def look(self) -> None:
         """Say what a validation shows."""
@@ -76,7 +89,7 @@ class RunAdvice:
         )
         return OutOfMemory(str(advice))
 
-    def _seen(self, data: Any, shape: Any, report: dict[str, Any], trained: int, every: int) -> Seen:
+    def _seen(self, data: Any, shape: Any, report: dict[str, Any]) -> Seen:
         schedule: Schedule = data.schedule
         draws = isinstance(data, PromptData)
         counts = ("rows_read", "rows_used", "num_tokens", "num_trained_tokens")
@@ -87,8 +100,8 @@ class RunAdvice:
             num_updates=sum(updates_of(schedule, self.config)) if draws else schedule.num_steps,
             steps_per_epoch=schedule.steps_per_epoch,
             vocabulary=shape.get_text_config().vocab_size,
-            num_weights=every,
-            num_trained=trained,
+            num_weights=0,  # known when the model is there
+            num_trained=0,
             rows={name: report[name] for name in counts},
             rows_dropped=report["rows_dropped"],
             earlier=earlier_run(self.config.model.path or ""),

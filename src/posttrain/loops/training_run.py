@@ -147,10 +147,10 @@ class TrainingRun:
         if self.world.is_main:
             drop_after(self.folder.metrics, self.step if self._found else -1)
             self.metrics = Metrics(self.folder.metrics, [*self._trackers(), self.advice.history])
-        self.advice.begin()
+        trained, every = engine.num_weights()
+        self.advice.begin(trained, every)
         trainer, device = self.config.trainer, self.world.device
         if engine.adapters:
-            trained, every = engine.num_weights()
             self.display.say(f"adapters: {trained:,} of {every:,} weights are trained")
         if self.step >= self.state.total_steps:
             self.display.say(
@@ -354,12 +354,13 @@ class TrainingRun:
         self.world.on_main(finish)
         if self.copy and not self.copy.problem:
             self.display.say(f"a copy lies in {self.copy.url}")
-        what = ", ".join(self.copy.missing[:5]) if self.copy else ""
-        self._say_copy_problem(f"not copied: {what}, ... Copy the run folder by hand, or give the same command again")
+        self._say_copy_problem("copy the run folder by hand, or give the same command again")
 
     def _say_copy_problem(self, what_now: str) -> None:
         if self.copy and self.copy.problem:
-            self.display.say(f"copying to {self.copy.url} fails: {self.copy.problem}; {what_now}")
+            missing = [*self.copy.missing[:5], *(["..."] if len(self.copy.missing) > 5 else [])]
+            what = f" Not there, or older: {', '.join(missing)}." if missing else ""
+            self.display.say(f"copying to {self.copy.url} fails: {self.copy.problem}; {what_now}.{what}")
 
     def _trackers(self) -> list[Any]:
         trainer = self.config.trainer
