@@ -1,7 +1,9 @@
 """The copy of the run folder elsewhere."""
 
 import shutil
+import time
 from pathlib import Path
+from threading import Event
 
 import fsspec
 import pytest
@@ -54,7 +56,7 @@ def test_the_copy_follows_the_folder_and_leaves_what_is_not_its_own(run, tmp_pat
     (run / "metrics.jsonl").write_text("1\n2\n")
     files.rm_file(f"{root}/config.yaml")  # lost there
     again = RemoteCopy(run, url)  # as after a restart
-    again.update()
+    again.finish(lambda: None)
     again.close()
     assert there(url) == {**here(run), "checkpoint-9/mine": "mine"}
     assert not files.exists(f"{root}/checkpoint-1")
@@ -72,6 +74,28 @@ def test_what_is_there_already_is_not_copied_again(run, tmp_path, monkeypatch):
     (run / "metrics.jsonl").write_text("1\n2\n")
     RemoteCopy(run, copy.url).finish(lambda: None)
     assert copied == ["metrics.jsonl"]
+
+
+def test_closing_waits_for_the_file_that_is_being_copied_and_no_other(run, tmp_path, monkeypatch):
+    from fsspec.implementations.local import LocalFileSystem
+
+    plain, begun, copied = LocalFileSystem.put_file, Event(), []
+
+    def slow(self, source, place, **more):
+        begun.set()
+        time.sleep(0.2)
+        plain(self, source, place, **more)
+        copied.append(Path(source).name)
+
+    monkeypatch.setattr(LocalFileSystem, "put_file", slow)
+    copy = RemoteCopy(run, str(tmp_path / "elsewhere"))
+    copy.update()
+    assert begun.wait(5)
+    copy.close()
+    time.sleep(0.5)
+    assert len(copied) == 1 and list(there(copy.url)) == ["checkpoint-1/state/.metadata"]
+    RemoteCopy(run, copy.url).finish(lambda: None)
+    assert there(copy.url) == here(run)
 
 
 def test_a_failure_is_tried_again_and_then_told(run, tmp_path, monkeypatch):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import fsspec
@@ -32,6 +32,7 @@ class RemoteCopy:
         self.missing: list[str] = []  # files that are not there, or not as they are here
         self.problem: str | None = None  # of the last copy, in words
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="copy")
+        self._closing = Event()
         self._num_moves = 0  # of bytes and files, to tell slow from hung
 
     def check(self) -> None:
@@ -65,6 +66,7 @@ class RemoteCopy:
 
     def close(self) -> None:
         """Let the file that is being copied arrive, and no more."""
+        self._closing.set()
         self._thread.shutdown(cancel_futures=True)
 
     def _update(self) -> None:
@@ -76,6 +78,8 @@ class RemoteCopy:
             sizes = {path: facts["size"] for path, facts in files.find(root, detail=True).items()}
             sent = self._sent()
             for name in sorted(here, key=lambda name: (name.endswith(WHOLE_BY), name)):
+                if self._closing.is_set():
+                    return
                 if not (sent.get(name) == here[name] and sizes.get(f"{root}/{name}") == here[name][0]):
                     self._copy(files, name, f"{root}/{name}")
                     sent[name] = here[name]
@@ -107,9 +111,8 @@ class RemoteCopy:
             except Exception:
                 if not (self.folder / name).exists():
                     return  # an older checkpoint that made room meanwhile
-                if pause is None:
+                if pause is None or self._closing.wait(pause):
                     raise
-                time.sleep(pause)
 
     def _moved(self) -> None:
         self._num_moves += 1
