@@ -176,6 +176,7 @@ HEALTHY = {
     "too short to say": seen([training(course(1.2, 2.0, num=12))]),
     "both rise": seen([training(course(1.2, 1.3)), validation(1.2, 1.25, 1.4)]),
     "validation wavers": seen([training(FALLING), validation(1.2, 1.0, 1.01, 1.0, 1.015)]),
+    "goes on from the checkpoint of another run": seen([training(course(0.03, 0.03, num=40, noise=0.01), lr=1e-9, steps=range(61, 101))]),
     "tiny, from random weights": seen([training(course(6.4, 2, 0.3), lr=1e-3)], num_weights=850_000, options=["optim.lr=1e-3"], vocabulary=600),
     "adapters": seen([training(FALLING)], options=["model.lora_rank=16", "optim.lr=2e-4"]),
     "0.5B at 2e-5": seen([training(FALLING)], num_weights=494_000_000, options=["optim.lr=2e-5"]),
@@ -186,6 +187,7 @@ HEALTHY = {
     "reward wavers": seen([answers(reward_mean=course(0.5, 0.48, num=40))], rl=True),
     "few steps of a hard start": seen([answers(num=6, no_signal_share=1.0, reward_mean=0.0)], rl=True),
     "another test set than the earlier run": seen([accuracy(0.3)], rl=True, earlier=replace(EARLIER, val_files=("u.parquet",)), options=ON_T),
+    "adapters, five times the usual rate": seen(rl=True, options=["optim.lr=5e-5", "model.lora_rank=16"]),
     "after SFT with adapters": seen(rl=True, earlier=replace(EARLIER, lr=1e-6, uses_adapters=True)),
 }  # fmt: skip
 
@@ -228,6 +230,11 @@ def test_every_rule_is_tried_and_has_its_section():
     tried = {rule for rule, *_ in FAULTS}
     named = {re.match(r"([a-z-]+): ", rule.__doc__)[1] for rule in RULES}
     assert tried == named and named | {"does-not-fit", "out-of-memory"} <= sections
+
+
+def test_metrics_that_a_kill_cut_short_are_read_as_far_as_they_go(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "phase": "train", "loss": 2.0}\n{"step": 2, "pha')
+    assert list(History().read(tmp_path / "metrics.jsonl").of("train/loss")) == [2.0]
 
 
 # ---- memory
@@ -279,6 +286,7 @@ def test_memory_that_ran_out_says_what_would_fit_nearest_first_and_nothing_that_
     )
     assert keys(*on, needs=adapters) == ["data.max_length", "engine.ulysses_sequence_parallel_size"]
     assert keys("data.micro_batch_size_per_gpu=4")[0] == "data.micro_batch_size_per_gpu"
+    assert "data.micro_batch_size_per_gpu" not in keys("data.micro_batch_size_per_gpu=4", "data.packing=false")
     assert not [key for key in keys(has_own_memory=False) if "offload" in key]
     assert keys(capacity_gib=20.0)[0] == "model.lora_rank"  # smaller rows would not help
     assert keys(answering=True)[:2] == ["rollout.batch_size", "rollout.max_new_tokens"]

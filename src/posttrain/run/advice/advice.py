@@ -64,6 +64,12 @@ class Seen:
         model = self.config.model
         return bool(model.lora_rank or model.lora_adapter_path)
 
+    def begins_with(self, name: str) -> bool:
+        """Whether the first values of a metric are those of the run's first steps: a run that goes on from the checkpoint of another
+        has them there."""
+        steps = self.history.steps(name)
+        return bool(steps) and steps[0] <= self.config.trainer.log_freq
+
 
 Rule = Callable[[Seen], Advice | None]
 

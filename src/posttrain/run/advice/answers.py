@@ -53,7 +53,7 @@ def _accuracy_fell(seen: Seen) -> str | None:
 
 def _reward_fell(seen: Seen) -> str | None:
     rewards = seen.history.of("rollout/reward_mean")
-    if len(rewards) < ENOUGH or seen.history.steps("rollout/reward_mean")[0] > seen.config.trainer.log_freq:
+    if len(rewards) < ENOUGH or not seen.begins_with("rollout/reward_mean"):
         return None
     change = Change.of(rewards, first=3)
     if not change.fell(0.1):

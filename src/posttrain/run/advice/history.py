@@ -38,7 +38,11 @@ class History:
 
     def read(self, path: Path) -> History:
         """Take up what metrics.jsonl holds."""
-        for record in map(json.loads, path.read_text().splitlines() if path.exists() else []):
+        for line in path.read_text().splitlines() if path.exists() else []:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue  # a line cut short by a kill
             step, phase = record.pop("step"), record.pop("phase")
             self.log({f"{phase}/{name}": value for name, value in record.items() if value is not None}, step)
         return self

@@ -23,7 +23,7 @@ def course(seen: Seen) -> Change | None:
 def stuck(seen: Seen) -> Change | None:
     """The course of a loss that did not fall, neither in training nor in validation."""
     change, validations = course(seen), seen.history.of(VALIDATION)
-    if change is None or change.fell(0.01):
+    if change is None or change.fell(0.01) or not seen.begins_with(LOSS):
         return None
     if len(validations) > 1 and min(validations[1:]) < 0.99 * validations[0]:
         return None
@@ -162,7 +162,9 @@ def known_rows(seen: Seen) -> Advice | None:
     first, what = list(seen.history.of(VALIDATION)[:1]), "validation before training"
     if not first or seen.history.steps(VALIDATION)[0]:
         losses = seen.history.of(LOSS)
-        first, what = ([mean(losses[:3])], "the first 3 steps") if len(losses) >= 3 else ([], "")
+        first, what = (
+            ([mean(losses[:3])], "the first 3 steps") if len(losses) >= 3 and seen.begins_with(LOSS) else ([], "")
+        )
     if seen.draws_answers or not first or first[0] >= KNOWN_ALREADY:
         return None
     remedies = [

@@ -150,7 +150,7 @@ def _smaller_rows(needs: Needs, config: Config) -> Iterator[str]:
     fewer = replace(needs, tokens=max(needs.tokens // 2, needs.longest))
     saved = needs.activations - fewer.activations
     same = f"same result: micro-batches add up to the step of {data.train_batch_size} by themselves (gradient accumulation)"
-    if data.micro_batch_size_per_gpu is not None and data.micro_batch_size_per_gpu > 1:
+    if data.packing and data.micro_batch_size_per_gpu is not None and data.micro_batch_size_per_gpu > 1:
         yield f"data.micro_batch_size_per_gpu={data.micro_batch_size_per_gpu // 2}: about {gib(saved)} less, the {same}."
     elif data.micro_batch_size_per_gpu is None and data.packing and fewer.tokens < needs.tokens:
         yield f"data.max_tokens_per_gpu={fewer.tokens}: about {gib(saved)} less, the {same}."

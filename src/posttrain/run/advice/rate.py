@@ -60,7 +60,7 @@ def unusual_rate(seen: Seen) -> Advice | None:
     """rate-unusual: far outside what is usual for this size."""
     low, high = tolerated(seen)
     lr = seen.config.optim.lr
-    if low <= lr <= high:
+    if 0.999 * low <= lr <= 1.001 * high:  # in floating point 5 x 1e-05 is less than 5e-05
         return None
     usual = usual_range(seen.num_weights, seen.draws_answers, seen.uses_adapters)
     what = f"{'reinforcement learning' if seen.draws_answers else 'fine-tuning'}{' of adapters' if seen.uses_adapters else ''}"
@@ -132,6 +132,6 @@ def few_updates(seen: Seen) -> Advice | None:
         remedies.insert(0, f"data.train_batch_size={smaller}: about 100 steps.")
     found = (
         f"{rows:,} rows in batches of {data.train_batch_size} make {seen.num_updates} steps in {trainer.total_epochs} "
-        f"{'epoch' if trainer.total_epochs == 1 else 'epochs'}, so few that hardly anything is learnt."
+        f"{'epoch' if trainer.total_epochs == 1 else 'epochs'}, too few to learn much in."
     )
     return Advice("few-updates", found, remedies)
