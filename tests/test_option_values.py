@@ -92,6 +92,7 @@ def test_null_leaves_what_is_never_null_at_its_default_and_says_so():
 @pytest.mark.parametrize("command, arguments, expected", [
     ("sft", ["data.val_max_samples=3"], {"data.val_max_samples"}),
     ("sft", ["data.val_max_samples=3", "data.val_files=v.parquet"], set()),
+    (None, ["data.val_max_samples=3", "data.val_files=v.parquet"], {"data.val_max_samples"}),
     ("sft", ["trainer.resume_from_path=x", "trainer.resume_mode=disable"], {"trainer.resume_from_path"}),
     ("sft", ["trainer.resume_from_path=x"], set()),
 ])  # fmt: skip

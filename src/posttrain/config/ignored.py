@@ -195,9 +195,10 @@ def _of_validation(config: Config, command: str | None) -> Iterator[tuple[str, s
     if reason:
         for option in ("test_freq", "val_before_train", "best_metric", "early_stopping_patience"):
             yield f"trainer.{option}", reason
-        yield "data.val_max_samples", reason
     if command is None:
         reason = "it is for validation during training"
+    if reason:
+        yield "data.val_max_samples", reason
     answering = (
         "rollout.val_n", "rollout.val_temperature", "rollout.val_top_p", "rollout.val_top_k",
         "trainer.num_val_generations",

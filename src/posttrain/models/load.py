@@ -104,6 +104,8 @@ def load_model(
     import transformers
     from transformers import AutoModelForCausalLM
 
+    from posttrain.distributed.device import ran_out_of_memory
+
     config = load_config(path, override_config, revision, trust)
     transformers.utils.logging.disable_progress_bar()  # the run has a live line of its own
     if random_weights:
@@ -119,6 +121,8 @@ def load_model(
             path, config=config, dtype=dtype, revision=revision, trust_remote_code=trust, output_loading_info=True
         )
     except Exception as error:  # broken files raise errors of many libraries
+        if ran_out_of_memory(error):  # no fault of the files
+            raise
         raise InputError(
             f"The weights of {path} cannot be loaded: {type(error).__name__}: {_first_line(error)}"
         ) from None
