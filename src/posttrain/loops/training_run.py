@@ -27,6 +27,7 @@ from posttrain.engine.engine import Engine
 from posttrain.engine.export import export, export_adapter
 from posttrain.errors import InputError, RunError, RunStopped
 from posttrain.loops.run_advice import RunAdvice
+from posttrain.loops.run_copy import RunCopy
 from posttrain.loops.step_log import StepLog, StepWork
 from posttrain.models.flops import forward_backward_flops
 from posttrain.models.load import find_model, load_config
@@ -34,7 +35,6 @@ from posttrain.models.lora import check_base, model_fingerprint
 from posttrain.run.folder import RunFolder, RunState, clear_leftovers, library_versions
 from posttrain.run.metrics import Metrics, drop_after
 from posttrain.run.progress import Display
-from posttrain.run.remote import RemoteCopy
 from posttrain.run.signals import StopRequest, catching_signals
 from posttrain.run.trackers import check_trackers, start_trackers
 
@@ -74,9 +74,8 @@ class TrainingRun:
     def __init__(self, config: Config, world: World, display: Display, request: StopRequest):
         self.config, self.world, self.display, self.request = config, world, display, request
         self.folder = RunFolder(Path(config.trainer.default_local_dir))
-        remote = config.trainer.default_hdfs_dir
-        self.copy = RemoteCopy(self.folder.path, remote) if remote and world.is_main else None
-        self.checkpoints = Checkpoints(self.folder.path, config.trainer.max_ckpt_to_keep, world, self._update_copy)
+        self.copy = RunCopy(self.folder.path, config.trainer.default_hdfs_dir, world, display)
+        self.checkpoints = Checkpoints(self.folder.path, config.trainer.max_ckpt_to_keep, world, self.copy.update)
         self.metrics = Metrics(None)
         self.advice = RunAdvice(config, world, self.folder, display)
         self.resolved_yaml = ""
@@ -95,8 +94,7 @@ class TrainingRun:
         with ExitStack() as stack:
             run = cls(config, world, display, stack.enter_context(catching_signals()))
             stack.callback(lambda: run.metrics.close())
-            if run.copy:
-                stack.callback(run.copy.close)
+            stack.callback(run.copy.close)
             stack.callback(lambda: run.checkpoints.close())
             run.resolved_yaml = resolved_yaml
             world.on_main(run._claim_folder)
@@ -108,8 +106,7 @@ class TrainingRun:
             except BaseException as error:
                 display.end_work()
                 run._write_failure()
-                if run.copy:
-                    display.say(f"{run.copy.url} may lack what was written last; the same command brings it up to date")
+                run.copy.say_incomplete()
                 if ran_out_of_memory(error):
                     raise run.advice.out_of_memory(error) from error
                 raise
@@ -129,7 +126,7 @@ class TrainingRun:
             self.folder.write("config.yaml", self.resolved_yaml)
             self.folder.write_json("data_report.json", report)
             self.folder.write_state(self.state)
-            self._update_copy()
+            self.copy.update()
         self.advice.plan(data, shape, report, read_progress(self._found).step if self._found else -1)
 
     def resume(self, engine: Engine) -> None:
@@ -226,7 +223,7 @@ class TrainingRun:
             self.checkpoints.save(engine, self.progress, partial(export_adapter, engine) if engine.adapters else None)
         self.last_saved = self.step
         self._write_state("running")
-        self._say_copy_problem("it is tried again at the next save")
+        self.copy.say_problem("it is tried again at the next save")
 
     def finish(self, engine: Engine) -> None:
         """End the run: finished, with a model to use, or stopped, with a checkpoint to go on from (RunStopped)."""
@@ -237,7 +234,7 @@ class TrainingRun:
         self.display.end_work()
         if self._stop_signal:
             self._write_state("stopped")
-            self._finish_copy()
+            self.copy.finish()
             raise RunStopped(
                 f"Stopped at step {self.step} of {self.state.total_steps}; saved. The same command goes on from there.",
                 self._stop_signal,
@@ -249,14 +246,13 @@ class TrainingRun:
             check_export(engine, self.folder.path / "checkpoint-final", exact, self.config.model.trust_remote_code)
         self._write_state("finished")
         self.advice.conclude()
-        self._finish_copy()
+        self.copy.finish()
         self._say_what_next()
 
     def _claim_folder(self) -> None:
         self.folder.create()
         clear_leftovers(self.folder.path)
-        if self.copy:
-            self.copy.check()
+        self.copy.check()
         saved, begin_from = self.checkpoints.saved(), self._begin_from
         restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # then these are this run's own
         if saved and (restarted or self.config.trainer.resume_mode == "auto"):
@@ -333,34 +329,8 @@ class TrainingRun:
         source = load_config(find_model(model.path), None, model.revision, model.trust_remote_code).dtype
         dtype = source if isinstance(source, torch.dtype) and not model.random_weights else torch.float32
         export(engine, self.data.chat.tokenizer, self.folder.path / name, dtype, self.data.end_ids)
-        self._update_copy()
+        self.copy.update()
         return dtype
-
-    def _update_copy(self) -> None:
-        if self.copy:
-            self.copy.update()
-
-    def _finish_copy(self) -> None:
-        """Wait until everything is in the folder elsewhere, or say what is not. Every process must call this."""
-        if self.config.trainer.default_hdfs_dir is None:
-            return
-        watchdog = self.world.watchdog
-        watchdog.beat("copying the run folder", patient=True)
-
-        def finish() -> None:
-            if self.copy:
-                self.copy.finish(watchdog.alive)
-
-        self.world.on_main(finish)
-        if self.copy and not self.copy.problem:
-            self.display.say(f"a copy lies in {self.copy.url}")
-        self._say_copy_problem("copy the run folder by hand, or give the same command again")
-
-    def _say_copy_problem(self, what_now: str) -> None:
-        if self.copy and self.copy.problem:
-            missing = [*self.copy.missing[:5], *(["..."] if len(self.copy.missing) > 5 else [])]
-            what = f" Not there, or older: {', '.join(missing)}." if missing else ""
-            self.display.say(f"copying to {self.copy.url} fails: {self.copy.problem}; {what_now}.{what}")
 
     def _trackers(self) -> list[Any]:
         trainer = self.config.trainer
