@@ -179,10 +179,10 @@ def test_a_rule_that_reads_the_option_it_makes_stands_at_its_place():
     assert found.translated[0]["given"] == "accumulate, data.train_batch_size"
 
 
-def test_rules_see_recipes():
+def test_rules_see_recipes_where_they_count_from_them():
     """Under another system's defaults or over them; null for an option of ours says that a recipe does not count."""
     key = "data.train_batch_size"
-    row = Row("accumulate", (key,), rule=lambda given: {key: (given(key) or 10) * given("accumulate")})
+    row = Row("accumulate", (key,), rule=lambda given: {key: (given.in_force(key) or 10) * given("accumulate")})
     known = {"accumulate": row, "old": Row("old", ignored="it is")}
     table = Table("other_sft", known, (Version("only", ("old",), {key: 256}),))
 
@@ -199,11 +199,35 @@ def test_rules_see_recipes():
 
 def test_what_a_rule_hands_on_from_a_recipe_stays_the_recipes():
     key = "data.train_batch_size"
-    row = Row("mini", (key,), rule=lambda given: {key: given(key), "optim.lr": given("mini")})
+    row = Row("mini", (key,), rule=lambda given: {key: given.in_force(key), "optim.lr": given("mini")})
     found = translate(
         [Setting("mini", 2, "2", "command line")], (Table("o", {"mini": row}, ()),), frozenset(options()), {key: 64}
     )
     assert [setting.key for setting in found.settings] == ["optim.lr"] and found.defaults == []
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "key", "value"),
+    [
+        ("grpo", ["data=math", "reward.path=x.py", "custom_reward_function.name=f"], "reward.name", ["f"]),
+        ("grpo", ["method=quickstart-grpo", "algorithm.adv_estimator=rloo", "actor_rollout_ref.rollout.n=4"], "rollout.n", 4),
+        ("grpo", ["trainer.eval_freq=1"], "trainer.save_freq", 20),
+        ("sft", ["method=offload", "model.fsdp_config.cpu_offload=False"], "engine.param_offload", False),
+        ("sft", ["method=lora", "model.peft_config.enable=true"], "model.lora_rank", 16),
+        ("sft", ["method=lora", "model.peft_config.enable=true", "model.peft_config.r=4"], "model.lora_rank", 4),
+        ("sft", ["model=qwen2.5-0.5b", "optim.lr_min=1e-6"], "optim.min_lr_ratio", 0.05),
+    ],
+)  # fmt: skip
+def test_what_was_given_stands_over_a_recipe_by_rules_too(command: str, arguments: list[str], key: str, value: Any):
+    section, option = key.split(".")
+    assert getattr(getattr(compose(arguments, command).config, section), option) == value
+
+
+def test_a_warm_up_in_steps_or_as_a_share_replaces_a_recipes_other_one():
+    share = compose(["method=quickstart", "optim.lr_warmup_steps_ratio=0.1"], "sft").config.optim
+    assert (share.lr_warmup_steps, share.lr_warmup_steps_ratio) == (None, 0.1)
+    recipe = compose(["method=quickstart", "model.partial_pretrain=x"], "sft").config.optim
+    assert (recipe.lr_warmup_steps, recipe.lr_warmup_steps_ratio) == (30, None)
 
 
 def test_accumulated_steps_multiply_the_batch_size_in_force():

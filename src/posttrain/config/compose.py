@@ -53,6 +53,11 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
+# two options that say the same: the one from further up replaces the other
+WARMUP, WARMUP_RATIO = "optim.lr_warmup_steps", "optim.lr_warmup_steps_ratio"
+ALTERNATIVES = {WARMUP: WARMUP_RATIO, WARMUP_RATIO: WARMUP}
+
+
 @dataclass(frozen=True)
 class Resolved:
     """The options of a run. `origins` says of each where it was set last; `ignored` names those without effect; `translated`
@@ -219,6 +224,7 @@ class _Draft:
         if not setting.reset and not is_null:
             self.values[key] = _as_asked(option, setting.value, setting.text)
             self.origins[option] = setting.origin
+            self._replace_alternative(setting)
         elif not any(_is_within(known, option) for known in self.values):
             self.origins[option] = DEFAULT
 
@@ -240,6 +246,12 @@ class _Draft:
     def _forget(self, key: str) -> None:
         """Drop what `key` replaces: itself, what is inside it, what it would be inside of."""
         self.values = {k: v for k, v in self.values.items() if not (_is_within(k, key) or _is_within(key, k))}
+
+    def _replace_alternative(self, setting: Setting) -> None:
+        other = ALTERNATIVES.get(setting.key)
+        if setting.value is not None and other in self.values and self.origins[other] != setting.origin:
+            del self.values[other]
+            self.origins[other] = DEFAULT
 
     def _interpolated(self) -> dict[str, Any]:
         """The whole tree with every `${...}` replaced; where one cannot be, the option keeps its default."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import yaml
 
@@ -20,7 +20,17 @@ OF_COMMAND = {
     None: ("verl_sft", "verl_grpo", "tutorials"),
 }
 
-Lookup = Callable[[str], Any]
+
+class Lookup(Protocol):
+    """What a rule asks for the value of an option, of ours too."""
+
+    def __call__(self, key: str, /) -> Any:
+        """As given, else the version's default, else None."""
+
+    def in_force(self, key: str, /) -> Any:
+        """The same, and what packaged recipes say: for a value that another one is counted from."""
+
+
 Rule = Callable[[Lookup], dict[str, Any]]
 
 

@@ -34,7 +34,7 @@ def translate(
     upper: Mapping[str, Any] = MappingProxyType({}),
 ) -> Translation:
     """The settings with every option that a table knows replaced. `ours` are the names of our own options; `lower` and `upper` are
-    the values of recipes that lie under and over another system's defaults: rules see them."""
+    the values of recipes that lie under and over another system's defaults."""
     settings = [one for setting in settings for one in _spread(setting, tables)]
     version = _version(tables, _words(settings, ours))
     layers = (upper, version[1].defaults if version else {}, lower)
@@ -117,26 +117,19 @@ class _Work:
         known = [key for key in rows if key in self.given]
         if not known and not any(key in self.defaults for key in rows):
             return
-        read = set(known)
-
-        def look_up(key: str) -> Any:
-            read.add(key)
-            return self._look_up(key)
-
+        look_up = _LookUp(self)
         try:
             made = rule(look_up)
         except InputError as error:
             self.result.problems.append(str(error))
             return
         for key, value in made.items():
-            if self._is_handed_on(key, value):
-                continue
-            if not known:
-                self.result.defaults.append(self._default(key, value))
-            elif key in known and _same(self._look_up(key), value):
+            if self._is_default(key, value) or not known:
+                self.result.defaults += [] if look_up.hands_on(key, value) else [self._default(key, value)]
+            elif key in known and _same(self.look_up(key), value):
                 yield self.given[key]
-            else:
-                sources = [*known, *({key} & read & self.given.keys() - set(known))]
+            elif not look_up.hands_on(key, value):
+                sources = [*known, *({key} & look_up.read & self.given.keys() - set(known))]
                 place, last = max((self.given[source] for source in sources), key=lambda item: item[0])
                 yield place, replace(last, key=key, value=value, text=str(value))
                 self.result.translated.append({"given": ", ".join(sources), "key": key, "value": value})
@@ -153,25 +146,23 @@ class _Work:
             value = row.values.get(as_written(value), value) if row and row.values else value
             yield self._default(row.our_key(key) if row and row.becomes else key, value)
 
-    def _is_handed_on(self, key: str, value: Any) -> bool:
-        """Whether a rule gives an option only what it has by a recipe or a default."""
-        layer = next((layer for layer in self._layers_of(key) if key in layer), None)
-        if key in self.given or layer is None or not _same(layer[key], value):
-            return False
-        if layer is self.defaults:
-            self.result.defaults.append(self._default(key, value))
-        return True
+    def look_up(self, key: str) -> Any:
+        """As given, else the version's default."""
+        value = _unquoted(self.given[key][1].value) if key in self.given else None
+        return self.defaults.get(key) if value is None else value
+
+    def recipe(self, key: str) -> Any:
+        """What a recipe says that no default lies over, and that was not reset."""
+        upper, defaults, lower = self.layers
+        if key in self.emptied or (key in defaults and key not in upper):
+            return None
+        return upper.get(key, lower.get(key))
+
+    def _is_default(self, key: str, value: Any) -> bool:
+        return key not in self.given and key in self.defaults and _same(self.defaults[key], value)
 
     def _is_null(self, key: str) -> bool:
         return self.given[key][1].value is None
-
-    def _look_up(self, key: str) -> Any:
-        value = _unquoted(self.given[key][1].value) if key in self.given else None
-        found = (layer[key] for layer in self._layers_of(key) if layer.get(key) is not None)
-        return next(found, None) if value is None else value
-
-    def _layers_of(self, key: str) -> tuple[Mapping[str, Any], ...]:
-        return (self.defaults,) if key in self.emptied else self.layers
 
     def _default(self, key: str, value: Any) -> Setting:
         assert self.version
@@ -198,6 +189,29 @@ class _Work:
         row = row_of(self.tables, key)
         assert row
         return {"key": key, "reason": row.reason}
+
+
+@dataclass
+class _LookUp:
+    """What a rule asks for values; `read` are the options that it asked about."""
+
+    work: _Work
+    read: set[str] = field(default_factory=set)
+
+    def __call__(self, key: str) -> Any:
+        self.read.add(key)
+        return self.work.look_up(key)
+
+    def in_force(self, key: str) -> Any:
+        self.read.add(key)
+        is_given = key in self.work.given and self.work.look_up(key) is not None
+        recipe = None if is_given else self.work.recipe(key)
+        return self.work.look_up(key) if recipe is None else recipe
+
+    def hands_on(self, key: str, value: Any) -> bool:
+        """Whether the rule read a recipe's value and leaves it as it is."""
+        recipe = self.work.recipe(key)
+        return key in self.read and key not in self.work.given and recipe is not None and _same(recipe, value)
 
 
 def _version(tables: tuple[Table, ...], given: set[str]) -> tuple[str, Version] | None:
