@@ -33,6 +33,8 @@ ROWS = [
     Row("shard", accepts=("fsdp", "fsdp2"), ignored="weights are sharded anyway", refused="choose fsdp"),
     Row("prefetch", ignored="blocks are fetched ahead anyway"),
     Row("tensor.*", refused="there is no tensor parallelism"),
+    Row("*._target_", ignored="it names a class"),
+    Row("optim.betas.first", ("optim.eps",)),
     Row("optim.lr_warmup_steps", ("optim.lr_warmup_steps",), values={"-1": None}),
 ]
 OLD = Version("old", ("rate",), {"batch": 256, "optim.weight_decay": 0.3, "course": "cos"})
@@ -136,14 +138,14 @@ def test_what_a_rule_makes_nothing_of_is_told():
     assert found.ignored == [{"key": "pad", "reason": "rows are never padded"}]
 
 
-@pytest.mark.parametrize("argument", ["shard=fsdp", "shard=FSDP2", "prefetch=true", "tensor.size=null"])
+@pytest.mark.parametrize("argument", ["shard=fsdp", "shard=FSDP2", "shard=null", "prefetch=true", "tensor.size=null"])
 def test_what_changes_nothing_is_told(argument: str):
     found = read(argument)
     assert found.settings == [] and found.problems == []
     assert [note["key"] for note in found.ignored] == [argument.partition("=")[0]]
 
 
-@pytest.mark.parametrize("argument", ["shard=megatron", "shard=null", "tensor.size=2"])
+@pytest.mark.parametrize("argument", ["shard=megatron", "tensor.size=2"])
 def test_what_cannot_be_honoured_is_refused_by_name(argument: str):
     (problem,) = read(argument).problems
     assert problem.startswith(f"{argument} (command line): ")
@@ -164,6 +166,115 @@ def test_the_defaults_of_the_version_whose_options_were_given_hold():
 def test_what_was_given_stands_over_a_default_and_completes_it():
     assert defaults("rate=1", "optim.weight_decay=0.1", "course=linear") == {"data.train_batch_size": 256}
     assert ("data.train_batch_size", 512) in values("rate=1", "accumulate=2")
+
+
+def test_a_rule_that_reads_the_option_it_makes_stands_at_its_place():
+    def doubled(given) -> dict[str, Any]:
+        return {"data.train_batch_size": given("data.train_batch_size") * given("accumulate")}
+
+    table = Table("other_sft", {"accumulate": Row("accumulate", ("data.train_batch_size",), rule=doubled)}, ())
+    settings = [Setting(key, 8, "8", "command line") for key in ("accumulate", "data.train_batch_size")]
+    found = translate(settings, (table,), frozenset(options()))
+    assert found.settings[-1].value == 64
+    assert found.translated[0]["given"] == "accumulate, data.train_batch_size"
+
+
+def test_rules_see_recipes_where_they_count_from_them():
+    """Under another system's defaults or over them; null for an option of ours says that a recipe does not count."""
+    key = "data.train_batch_size"
+    row = Row("accumulate", (key,), rule=lambda given: {key: (given.in_force(key) or 10) * given("accumulate")})
+    known = {"accumulate": row, "old": Row("old", ignored="it is")}
+    table = Table("other_sft", known, (Version("only", ("old",), {key: 256}),))
+
+    def batch(*given: str, **layers: dict[str, int]) -> int:
+        settings = [Setting(name, 2, "2", "command line") for name in ("accumulate", *given)]
+        return translate(settings, (table,), frozenset(options()), **layers).settings[-1].value
+
+    assert batch(lower={key: 3}) == batch(upper={key: 3}) == 6
+    assert batch("old") == batch("old", lower={key: 3}) == 512
+    assert batch("old", upper={key: 3}) == 6
+    reset = [Setting(key, None, None, "here", reset=True), Setting("accumulate", 2, "2", "here")]
+    assert translate(reset, (table,), frozenset(options()), upper={key: 3}).settings[-1].value == 20
+
+
+def test_what_a_rule_hands_on_from_a_recipe_stays_the_recipes():
+    key = "data.train_batch_size"
+    row = Row("mini", (key,), rule=lambda given: {key: given.in_force(key), "optim.lr": given("mini")})
+    found = translate(
+        [Setting("mini", 2, "2", "command line")], (Table("o", {"mini": row}, ()),), frozenset(options()), {key: 64}
+    )
+    assert [setting.key for setting in found.settings] == ["optim.lr"] and found.defaults == []
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "key", "value"),
+    [
+        ("grpo", ["data=math", "reward.path=x.py", "custom_reward_function.name=f"], "reward.name", ["f"]),
+        ("grpo", ["method=quickstart-grpo", "algorithm.adv_estimator=rloo", "actor_rollout_ref.rollout.n=4"], "rollout.n", 4),
+        ("grpo", ["trainer.eval_freq=1"], "trainer.save_freq", 20),
+        ("sft", ["method=offload", "model.fsdp_config.cpu_offload=False"], "engine.param_offload", False),
+        ("sft", ["method=lora", "model.peft_config.enable=true"], "model.lora_rank", 16),
+        ("sft", ["method=lora", "model.peft_config.enable=true", "model.peft_config.r=4"], "model.lora_rank", 4),
+        ("sft", ["model=qwen2.5-0.5b", "optim.lr_min=1e-6"], "optim.min_lr_ratio", 0.05),
+    ],
+)  # fmt: skip
+def test_what_was_given_stands_over_a_recipe_by_rules_too(command: str, arguments: list[str], key: str, value: Any):
+    section, option = key.split(".")
+    assert getattr(getattr(compose(arguments, command).config, section), option) == value
+
+
+def test_a_warm_up_in_steps_or_as_a_share_replaces_a_recipes_other_one():
+    share = compose(["method=quickstart", "optim.lr_warmup_steps_ratio=0.1"], "sft").config.optim
+    assert (share.lr_warmup_steps, share.lr_warmup_steps_ratio) == (None, 0.1)
+    recipe = compose(["method=quickstart", "model.partial_pretrain=x"], "sft").config.optim
+    assert (recipe.lr_warmup_steps, recipe.lr_warmup_steps_ratio) == (30, None)
+
+
+def test_accumulated_steps_multiply_the_batch_size_in_force():
+    """That of a recipe, of the command, or of the command line, in any order."""
+    for command, arguments, rows in (
+        ("sft", ["data=gsm8k", "gradient_accumulation_steps=4"], 256),
+        ("sft", ["gradient_accumulation_steps=4"], 128),
+        ("grpo", ["gradient_accumulation_steps=2"], 128),
+        ("grpo", ["gradient_accumulation_steps=4", "data.train_batch_size=8"], 32),
+        ("grpo", ["data.train_batch_size=8", "gradient_accumulation_steps=4"], 32),
+    ):
+        assert compose(arguments, command).config.data.train_batch_size == rows, arguments
+
+
+def test_a_setting_may_name_options_of_the_other_system():
+    assert dict(values("rate=3e-5", "trainer.experiment_name=r${rate}"))["trainer.experiment_name"] == "r3e-05"
+    assert dict(values("rate=1", "trainer.experiment_name=b${batch}"))["trainer.experiment_name"] == "b256"
+    assert values("shard=fsdp2", "rate=${oc.select:none,${batch}}", "batch=7")[0] == ("optim.lr", 7)
+    assert read("batch=4", "prefetch=${tensor.size}", "shard=${shard}").problems == [
+        "shard=${shard} (command line): choose fsdp."
+    ]
+    assert dict(values("optim.lr=1", "rate=${optim.lr}"))["optim.lr"] == "${optim.lr}", "ours are known later"
+
+
+def test_a_mapping_under_an_option_of_ours_may_hold_the_other_systems():
+    assert values("optim.betas={first: 0.5}") == [("optim.eps", 0.5)]
+    given = compose(["algorithm.filter_groups={enable: true, metric: acc}"], "grpo").config.algorithm
+    assert (given.filter_groups, given.filter_metric) == (True, "right")
+
+
+def test_a_name_may_mean_the_same_in_any_section():
+    assert read("a.b._target_=x", "tensor._target_=y").ignored == [
+        {"key": key, "reason": "it names a class"} for key in ("a.b._target_", "tensor._target_")
+    ]
+
+
+def test_model_is_chosen_by_verls_word_and_by_ours():
+    assert compose(["model=hf_model", "model.path=x"], "sft").config.model.path == "x"
+    with pytest.raises(InputError, match="no such recipe; model has"):
+        compose(["model=qwen"], "sft")
+
+
+def test_an_option_of_another_command_is_told_apart_from_an_unknown_one():
+    with pytest.raises(InputError, match="option of `posttrain grpo`"):
+        compose(["custom_reward_function.path=x.py"], "sft")
+    with pytest.raises(InputError, match=r"there is no such option\. Nearest: actor_rollout_ref\.actor\.strategy"):
+        compose(["actor_rollout_ref.actor.strateggy=fsdp"], "grpo")
 
 
 def test_lists_may_be_left_in_quotes():

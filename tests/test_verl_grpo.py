@@ -163,7 +163,7 @@ REFUSED = {
     "reward_model.enable=True": "not models",
     "reward_model.reward_manager=batch": "judged by itself",
     "reward_model.sandbox_fusion.url=http://x": "no code of answers",
-    "data.image_key=images": "text alone",
+    "data.image_key=photos": "text alone",
     "data.custom_cls.path=mine.py": "data prepare",
     "data.truncation=middle": "cut at one end",
     "actor_rollout_ref.rollout.multi_turn.enable=True": "docs/tools.md",
@@ -287,3 +287,38 @@ def test_commands_run(tiny, tmp_path):
     assert records(full, "rollout")[0]["reward_mean"] > 1, "reward.kwargs were not passed"
     assert 0 <= records(lora, "rollout")[0]["reward_mean"] <= 1 and records(lora, "rollout")[0]["rewards_unknown"] == 0
     assert (lora / "checkpoint-final" / "adapter").is_dir()
+
+
+def test_a_file_of_verls_options_is_read_as_it_stands(tmp_path):
+    """With what it builds on, Hydra's section, classes, a section that is an option of ours, and values that name others."""
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        """
+defaults: [ppo_trainer, _self_]
+hydra: {searchpath: [file://verl/trainer/config]}
+data: {max_prompt_length: 256, max_response_length: 1024, image_key: images}
+algorithm:
+  _target_: verl.Algorithm
+  adv_estimator: grpo
+  filter_groups: {_target_: verl.Filter, enable: true, metric: acc, max_num_gen_batches: 4}
+actor_rollout_ref:
+  rollout:
+    n: 8
+    prompt_length: ${data.max_prompt_length}
+    response_length: ${oc.select:data.max_response_length,512}
+  actor: {use_dynamic_bsz: true, ppo_max_token_len_per_gpu: 16384, strategy: fsdp}
+  ref: {strategy: "${..actor.strategy}", log_prob_max_token_len_per_gpu: "${actor_rollout_ref.actor.ppo_max_token_len_per_gpu}"}
+trainer: {experiment_name: "run-${actor_rollout_ref.rollout.n}"}
+"""
+    )
+    config = compose([str(file)], "grpo").config
+    assert (config.data.max_prompt_length, config.rollout.max_new_tokens, config.rollout.n) == (256, 1024, 8)
+    assert (config.algorithm.filter_groups, config.algorithm.filter_metric) == (True, "right")
+    assert (config.algorithm.max_num_gen_batches, config.data.max_tokens_per_gpu) == (4, 16384)
+    assert config.trainer.default_local_dir == "checkpoints/verl_examples/run-8"
+
+
+def test_verl_keeps_all_checkpoints_unless_told():
+    assert read("").config.trainer.max_ckpt_to_keep is None
+    assert read("trainer.max_actor_ckpt_to_keep=3").config.trainer.max_ckpt_to_keep == 3
+    assert read("trainer.remove_previous_ckpt_in_save=True").config.trainer.max_ckpt_to_keep == 1

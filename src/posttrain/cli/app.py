@@ -39,7 +39,10 @@ from posttrain.errors import InputError, OutOfMemory, RunError, RunStopped
 if TYPE_CHECKING:
     from posttrain.config.compose import Resolved
 
+# typer imports pydantic to check a flag that nobody gave and that has no default, as its own --help: a fifth of `posttrain recipes`
+HELP_NOT_GIVEN = {"help": False}
 app = typer.Typer(
+    context_settings={"default_map": {**HELP_NOT_GIVEN, "recipes": HELP_NOT_GIVEN}},
     help="Teach language models after pretraining: fine-tune, reinforce, evaluate, look at the data.",
     no_args_is_help=True,
     add_completion=False,

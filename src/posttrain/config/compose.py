@@ -43,7 +43,7 @@ from posttrain.config.describe import (
     type_name,
     types_of,
 )
-from posttrain.config.dialects.tables import row_of, tables_of
+from posttrain.config.dialects.tables import OF_COMMAND, as_written, row_of, tables_of
 from posttrain.config.dialects.translate import Setting, Translation, translate
 from posttrain.config.ignored import options_without_effect
 from posttrain.config.schema import Config
@@ -51,6 +51,11 @@ from posttrain.errors import InputError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+
+# two options that say the same: the one from further up replaces the other
+WARMUP, WARMUP_RATIO = "optim.lr_warmup_steps", "optim.lr_warmup_steps_ratio"
+ALTERNATIVES = {WARMUP: WARMUP_RATIO, WARMUP_RATIO: WARMUP}
 
 
 @dataclass(frozen=True)
@@ -105,16 +110,18 @@ def compose(arguments: list[str], command: str | None = None) -> Resolved:
             jobs.append(_job(name, command))
     chosen = _chosen(jobs + files, choices) | {JOB: []}
     in_files = [setting for job in jobs for setting in _settings(job)] + in_files
-    found = translate(in_files + on_line, tables_of(command), frozenset(options()))
-    draft.problems += found.problems
     first = METHOD if command == "grpo" else groups()[0]  # the rates of models and data sets are for imitation
+    lower: list[Setting] = []
+    upper: list[Setting] = []
     for group in groups():
         if group == first:
-            draft.put_all([*_beginning(command), *found.defaults])
+            lower, upper = [*upper, *_beginning(command)], []
         for name in chosen.get(group, []):
             with draft.collecting():
-                draft.put_all(_settings(packaged_recipe(group, name)))
-    draft.put_all(found.settings)
+                upper += _settings(packaged_recipe(group, name))
+    found = translate(in_files + on_line, tables_of(command), frozenset(options()), _values(lower), _values(upper))
+    draft.problems += found.problems
+    draft.put_all([*lower, *found.defaults, *upper, *found.settings])
     return draft.resolved(found)
 
 
@@ -137,11 +144,12 @@ def _job(name: str, command: str | None) -> Recipe:
 
 def _is_choice(given: Override, command: str | None) -> bool:
     """Whether it chooses recipes of ours: `model=gemma2-2b`, not another system's `engine=fsdp`."""
+    if given.key not in groups():
+        return False
     names = given.text if isinstance(given.text, list) else [given.text]
-    is_theirs = row_of(tables_of(command), given.key) and not any(
-        name in recipes().get(given.key, []) for name in names
-    )
-    return given.key in groups() and not is_theirs
+    own, row = recipes().get(given.key), row_of(tables_of(command), given.key)
+    is_theirs = row and (not own or all(as_written(name) in (row.accepts or ()) for name in names))
+    return not is_theirs
 
 
 def _own_choices(file: Recipe, command: str | None) -> tuple[Recipe, list[Setting]]:
@@ -170,6 +178,10 @@ def _chosen(files: list[Recipe], choices: list[Override]) -> dict[str, list[str]
 def _settings(recipe: Recipe) -> list[Setting]:
     texts = dict(_flat(recipe.texts))
     return [Setting(key, value, texts.get(key, str(value)), recipe.origin) for key, value in _flat(recipe.values)]
+
+
+def _values(settings: list[Setting]) -> dict[str, Any]:
+    return {setting.key: setting.value for setting in settings}
 
 
 def _settings_of(given: Override) -> list[Setting]:
@@ -212,6 +224,7 @@ class _Draft:
         if not setting.reset and not is_null:
             self.values[key] = _as_asked(option, setting.value, setting.text)
             self.origins[option] = setting.origin
+            self._replace_alternative(setting)
         elif not any(_is_within(known, option) for known in self.values):
             self.origins[option] = DEFAULT
 
@@ -233,6 +246,12 @@ class _Draft:
     def _forget(self, key: str) -> None:
         """Drop what `key` replaces: itself, what is inside it, what it would be inside of."""
         self.values = {k: v for k, v in self.values.items() if not (_is_within(k, key) or _is_within(key, k))}
+
+    def _replace_alternative(self, setting: Setting) -> None:
+        other = ALTERNATIVES.get(setting.key)
+        if setting.value is not None and other in self.values and self.origins[other] != setting.origin:
+            del self.values[other]
+            self.origins[other] = DEFAULT
 
     def _interpolated(self) -> dict[str, Any]:
         """The whole tree with every `${...}` replaced; where one cannot be, the option keeps its default."""
@@ -318,7 +337,10 @@ def _unknown(key: str, origin: str, command: str | None) -> str:
         return f"{key} ({origin}): expected options below it; a recipe is chosen by `- {key}: name` under `defaults:`."
     near = _nearest(key, command)
     hint = f" Nearest: {', '.join(near)}." if near else f" `posttrain {command or 'sft'} --help` lists them."
-    if "." not in key or section in sections():
+    others = [name for name in OF_COMMAND if name and command and row_of(tables_of(name), key)]
+    if others:
+        return f"{key} ({origin}): it is an option of `posttrain {others[0]}`, without a meaning here. Leave it out."
+    if "." not in key or section in sections() or any(row.startswith(f"{section}.") for row in _theirs(command)):
         return f"{key} ({origin}): there is no such option.{hint}"
     return f"{key} ({origin}): there is no section '{section}', only {', '.join(sections())}.{hint}"
 
@@ -335,9 +357,13 @@ def _nearest(key: str, command: str | None) -> list[str]:
         return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
 
     ours = [option for option in sorted(options(), key=likeness, reverse=True)[:3] if likeness(option) > 0.6]
-    theirs = [option for table in tables_of(command) for option in table.rows if option not in options()]
-    close = difflib.get_close_matches(key, theirs, n=2, cutoff=0.8)
+    close = difflib.get_close_matches(key, _theirs(command), n=2, cutoff=0.8)
     return ours or close if key.partition(".")[0] in sections() else close or ours
+
+
+def _theirs(command: str | None) -> list[str]:
+    """The options of other systems that the command knows by names of their own."""
+    return [option for table in tables_of(command) for option in table.rows if option not in options()]
 
 
 def _unresolved(key: str, value: Any, origin: str, error: Exception) -> str:

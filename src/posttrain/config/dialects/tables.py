@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import yaml
 
@@ -20,13 +20,23 @@ OF_COMMAND = {
     None: ("verl_sft", "verl_grpo", "tutorials"),
 }
 
-Lookup = Callable[[str], Any]
+
+class Lookup(Protocol):
+    """What a rule asks for the value of an option, of ours too."""
+
+    def __call__(self, key: str, /) -> Any:
+        """As given, else the version's default, else None."""
+
+    def in_force(self, key: str, /) -> Any:
+        """The same, and what packaged recipes say: for a value that another one is counted from."""
+
+
 Rule = Callable[[Lookup], dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Row:
-    """What becomes of one option, or with `.*` at its end of all below. `becomes` names options of ours; `rule` computes them.
+    """What becomes of one option, with `.*` at its end of all below, with `*.` before it of that name anywhere. `becomes` names options of ours; `rule` computes them.
     Without either, values in `accepts`, or any where it is None, change nothing for the reason `ignored`; others are `refused`."""
 
     key: str
@@ -69,12 +79,10 @@ class Table:
         return self.name.partition("_")[0]
 
     def row(self, key: str) -> Row | None:
-        """The row about the key: its own, else the one about the nearest section that it lies in."""
-        if key in self.rows:
-            return self.rows[key]
+        """The row about the key: its own, else the one about its name in any section, else about the nearest section it lies in."""
         parts = key.split(".")
-        patterns = (".".join(parts[:end]) + ".*" for end in range(len(parts), 0, -1))
-        return next((self.rows[pattern] for pattern in patterns if pattern in self.rows), None)
+        sections = (".".join(parts[:end]) + ".*" for end in range(len(parts), 0, -1))
+        return next((self.rows[known] for known in (key, f"*.{parts[-1]}", *sections) if known in self.rows), None)
 
 
 def row_of(tables: tuple[Table, ...], key: str) -> Row | None:

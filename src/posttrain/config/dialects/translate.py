@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import yaml
 
 from posttrain.config.arguments import DEFAULT_OF_OTHER
+from posttrain.config.dialects.setting import Setting, followed
 from posttrain.config.dialects.tables import Row, Rule, Table, Version, as_written, row_of
 from posttrain.errors import InputError
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One `key=value`, from wherever. `text` is the value before anything in it became a number; `reset` is Hydra's `~key`."""
-
-    key: str
-    value: Any
-    text: Any
-    origin: str
-    reset: bool = False
 
 
 @dataclass
@@ -35,19 +26,27 @@ class Translation:
     problems: list[str] = field(default_factory=list)
 
 
-def translate(settings: list[Setting], tables: tuple[Table, ...], ours: frozenset[str]) -> Translation:
-    """The settings with every option that a table knows replaced. `ours` are the names of our own options."""
-    given: dict[str, tuple[int, Setting]] = {}
-    kept: list[tuple[int, Setting]] = []
-    for place, setting in enumerate(settings):
-        row = row_of(tables, setting.key)
-        if row is None or (setting.key in ours and setting.reset):
-            kept.append((place, setting))
-        given.pop(setting.key, None)  # the last wins
-        if not setting.reset:
-            given[setting.key] = place, setting
-    words = (given.keys() - ours) | {f"{key}={setting.value}" for key, (_, setting) in given.items()}
-    work = _Work(tables, given, ours, _version(tables, words))
+def translate(
+    settings: list[Setting],
+    tables: tuple[Table, ...],
+    ours: frozenset[str],
+    lower: Mapping[str, Any] = MappingProxyType({}),
+    upper: Mapping[str, Any] = MappingProxyType({}),
+) -> Translation:
+    """The settings with every option that a table knows replaced. `ours` are the names of our own options; `lower` and `upper` are
+    the values of recipes that lie under and over another system's defaults."""
+    settings = [one for setting in settings for one in _spread(setting, tables)]
+    version = _version(tables, _words(settings, ours))
+    layers = (upper, version[1].defaults if version else {}, lower)
+    settings = followed(settings, tables, layers, ours)
+    given = _last(settings)
+    kept = [
+        (place, setting)
+        for place, setting in enumerate(settings)
+        if row_of(tables, setting.key) is None or (setting.key in ours and setting.reset)
+    ]
+    emptied = {setting.key for setting in settings if setting.key in ours and (setting.reset or setting.value is None)}
+    work = _Work(tables, given, ours, layers, emptied, version)
     for place, setting in given.values():
         row = row_of(tables, setting.key)
         if row and not row.rule:
@@ -59,17 +58,46 @@ def translate(settings: list[Setting], tables: tuple[Table, ...], ours: frozense
     return work.result
 
 
+def _spread(setting: Setting, tables: tuple[Table, ...]) -> Iterator[Setting]:
+    """A mapping whose keys another system has as options, such as verl's algorithm.filter_groups={enable: true}, as those."""
+    below = f"{setting.key}."
+    if isinstance(setting.value, dict) and any(key.startswith(below) for table in tables for key in table.rows):
+        for name, value in setting.value.items():
+            yield from _spread(replace(setting, key=f"{below}{name}", value=value, text=str(value)), tables)
+        if setting.value:
+            return
+    yield setting
+
+
+def _last(settings: list[Setting]) -> dict[str, tuple[int, Setting]]:
+    """Of each option what was given last, with its place."""
+    given: dict[str, tuple[int, Setting]] = {}
+    for place, setting in enumerate(settings):
+        given.pop(setting.key, None)
+        if not setting.reset:
+            given[setting.key] = place, setting
+    return given
+
+
+def _words(settings: list[Setting], ours: frozenset[str]) -> set[str]:
+    """What tells the version: options that are not ours, and options with their values."""
+    given = _last(settings)
+    return (given.keys() - ours) | {f"{key}={setting.value}" for key, (_, setting) in given.items()}
+
+
 @dataclass
 class _Work:
     tables: tuple[Table, ...]
     given: dict[str, tuple[int, Setting]]
     ours: frozenset[str]
+    layers: tuple[Mapping[str, Any], ...]  # values under those that were given: recipes and defaults, the highest first
+    emptied: set[str]  # options of ours that were reset or given as null, so that recipes do not count
     version: tuple[str, Version] | None = None  # and the system whose it is
     result: Translation = field(default_factory=lambda: Translation([]))
 
     @property
-    def defaults(self) -> dict[str, Any]:
-        return self.version[1].defaults if self.version else {}
+    def defaults(self) -> Mapping[str, Any]:
+        return self.layers[1]
 
     def one(self, row: Row, setting: Setting) -> Iterator[Setting]:
         """What a row without a rule makes of the setting: at most one."""
@@ -89,26 +117,24 @@ class _Work:
         known = [key for key in rows if key in self.given]
         if not known and not any(key in self.defaults for key in rows):
             return
+        look_up = _LookUp(self)
         try:
-            made = rule(self._look_up)
+            made = rule(look_up)
         except InputError as error:
             self.result.problems.append(str(error))
             return
-        if not known:
-            self.result.defaults += [self._default(key, value) for key, value in made.items()]
-            return
-        place, last = max((self.given[key] for key in known), key=lambda item: item[0])
-        named = ", ".join(known)
         for key, value in made.items():
-            if key not in self.given and key in self.defaults and _same(self.defaults[key], value):
-                self.result.defaults.append(self._default(key, value))
-            elif key in known and _same(self._look_up(key), value):
+            if self._is_default(key, value) or not known:
+                self.result.defaults += [] if look_up.hands_on(key, value) else [self._default(key, value)]
+            elif key in known and _same(self.look_up(key), value):
                 yield self.given[key]
-            else:
+            elif not look_up.hands_on(key, value):
+                sources = [*known, *({key} & look_up.read & self.given.keys() - set(known))]
+                place, last = max((self.given[source] for source in sources), key=lambda item: item[0])
                 yield place, replace(last, key=key, value=value, text=str(value))
-                self.result.translated.append({"given": named, "key": key, "value": value})
+                self.result.translated.append({"given": ", ".join(sources), "key": key, "value": value})
         yield from (self.given[key] for key in known if key in self.ours - made.keys() and self._is_null(key))
-        if not made:
+        if not made and known:
             self.result.ignored += [self._without_effect(key) for key in known if key not in self.ours]
 
     def plain_defaults(self) -> Iterator[Setting]:
@@ -120,12 +146,23 @@ class _Work:
             value = row.values.get(as_written(value), value) if row and row.values else value
             yield self._default(row.our_key(key) if row and row.becomes else key, value)
 
-    def _is_null(self, key: str) -> bool:
-        return self.given[key][1].value is None
-
-    def _look_up(self, key: str) -> Any:
+    def look_up(self, key: str) -> Any:
+        """As given, else the version's default."""
         value = _unquoted(self.given[key][1].value) if key in self.given else None
         return self.defaults.get(key) if value is None else value
+
+    def recipe(self, key: str) -> Any:
+        """What a recipe says that no default lies over, and that was not reset."""
+        upper, defaults, lower = self.layers
+        if key in self.emptied or (key in defaults and key not in upper):
+            return None
+        return upper.get(key, lower.get(key))
+
+    def _is_default(self, key: str, value: Any) -> bool:
+        return key not in self.given and key in self.defaults and _same(self.defaults[key], value)
+
+    def _is_null(self, key: str) -> bool:
+        return self.given[key][1].value is None
 
     def _default(self, key: str, value: Any) -> Setting:
         assert self.version
@@ -139,17 +176,42 @@ class _Work:
     def _is_accepted(self, row: Row, setting: Setting) -> bool:
         """Whether posttrain can do without it; says so either way."""
         value = as_written(_unquoted(setting.value))
-        accepted = (row.refused is None or value == "null") if row.accepts is None else value in row.accepts
+        accepted = value == "null" or (row.refused is None if row.accepts is None else value in row.accepts)
         if not accepted:
             self.result.problems.append(f"{_said(setting)} ({setting.origin}): {row.refused}.")
         elif setting.key not in self.ours:
-            self.result.ignored.append(self._without_effect(setting.key))
+            is_nothing = value == "null" and row.refused
+            reason = {"key": setting.key, "reason": "null asks for nothing"}
+            self.result.ignored.append(reason if is_nothing else self._without_effect(setting.key))
         return accepted
 
     def _without_effect(self, key: str) -> dict[str, str]:
         row = row_of(self.tables, key)
         assert row
         return {"key": key, "reason": row.reason}
+
+
+@dataclass
+class _LookUp:
+    """What a rule asks for values; `read` are the options that it asked about."""
+
+    work: _Work
+    read: set[str] = field(default_factory=set)
+
+    def __call__(self, key: str) -> Any:
+        self.read.add(key)
+        return self.work.look_up(key)
+
+    def in_force(self, key: str) -> Any:
+        self.read.add(key)
+        is_given = key in self.work.given and self.work.look_up(key) is not None
+        recipe = None if is_given else self.work.recipe(key)
+        return self.work.look_up(key) if recipe is None else recipe
+
+    def hands_on(self, key: str, value: Any) -> bool:
+        """Whether the rule read a recipe's value and leaves it as it is."""
+        recipe = self.work.recipe(key)
+        return key in self.read and key not in self.work.given and recipe is not None and _same(recipe, value)
 
 
 def _version(tables: tuple[Table, ...], given: set[str]) -> tuple[str, Version] | None:

@@ -22,7 +22,7 @@ def adapters(given: Lookup) -> dict[str, Any]:
     enabled, rank = given("model.peft_config.enable"), given("model.peft_config.r")
     if enabled is not None and as_written(enabled) != "true":
         return {"model.lora_rank": 0}
-    rank = given("model.lora_rank") if rank is None else rank
+    rank = given.in_force("model.lora_rank") if rank is None else rank
     if rank is None:
         raise InputError("model.peft_config.enable=true: expected model.peft_config.r too, the rank; 16 is usual.")
     return {"model.lora_rank": rank}
@@ -30,7 +30,7 @@ def adapters(given: Lookup) -> dict[str, Any]:
 
 def accumulated(given: Lookup) -> dict[str, Any]:
     """Rows of one optimizer step: those of one batch, as often as gradients are accumulated."""
-    rows = given("data.train_batch_size")
+    rows = given.in_force("data.train_batch_size")
     names = ("trainer.gradient_accumulation_steps", "gradient_accumulation_steps")
     several = {value for name in names if (value := given(name)) is not None}
     if not several:

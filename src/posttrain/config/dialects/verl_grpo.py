@@ -104,7 +104,7 @@ def correction(given: Lookup) -> dict[str, Any]:
 
 def prompts(given: Lookup) -> dict[str, Any]:
     """Of a step, of an update, and how often further ones are asked. Without filtering verl's `gen_batch_size` is what a step asks."""
-    in_step, asked = given("data.train_batch_size"), _number(given, "data.gen_batch_size")
+    in_step, asked = given.in_force("data.train_batch_size"), _number(given, "data.gen_batch_size")
     if isinstance(in_step, str):  # `${...}`, or what is no number
         return {"data.train_batch_size": in_step}
     mini = _number(given, f"{ACTOR}.ppo_mini_batch_size")

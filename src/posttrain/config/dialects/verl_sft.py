@@ -122,9 +122,10 @@ def floor(given: Lookup) -> dict[str, Any]:
     lowest, ratio = _first(given, "optim.lr_min", "optim.min_lr"), given("optim.min_lr_ratio")
     if not lowest:
         return {} if ratio is None else {"optim.min_lr_ratio": ratio}
-    if given("optim.lr") is None:
+    highest = given.in_force("optim.lr")
+    if highest is None:
         raise InputError(f"the lowest rate {lowest} needs optim.lr, of which it is a share: optim.min_lr_ratio.")
-    return {"optim.min_lr_ratio": round(_number(lowest) / _number(given("optim.lr")), 12)}
+    return {"optim.min_lr_ratio": round(_number(lowest) / _number(highest), 12)}
 
 
 def frequencies(given: Lookup) -> dict[str, Any]:
