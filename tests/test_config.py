@@ -330,7 +330,7 @@ def test_missing_recipe_file_is_named():
         ("defaults: [qwen2.5-0.5b]", "`- model: name` under `defaults:`"),
         ("defaults: [_self_, model: qwen2.5-0.5b]", "found '_self_' under `defaults:`"),
         ("defaults: [motor: x]", "found {'motor': 'x'} under `defaults:`"),
-        ("defaults: [model: qwen]", "there is no such recipe; model has "),
+        ("defaults: [model: qwen]", "there is no such recipe; nearest: "),
     ],
 )
 def test_unusable_recipe_file_says_why(content: str, message: str):
