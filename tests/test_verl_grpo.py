@@ -287,3 +287,9 @@ def test_commands_run(tiny, tmp_path):
     assert records(full, "rollout")[0]["reward_mean"] > 1, "reward.kwargs were not passed"
     assert 0 <= records(lora, "rollout")[0]["reward_mean"] <= 1 and records(lora, "rollout")[0]["rewards_unknown"] == 0
     assert (lora / "checkpoint-final" / "adapter").is_dir()
+
+
+def test_one_tracker_without_brackets_is_our_own_option_and_no_translation():
+    for command in ("sft", "grpo"):
+        read = compose(["trainer.logger=wandb", "trainer.project_name=x"], command)
+        assert (read.config.trainer.logger, read.translated) == (["wandb"], [])
