@@ -212,6 +212,12 @@ def test_nothing_is_said_of_a_healthy_run(name):
     assert [str(advice) for advice in found(HEALTHY[name])] == []
 
 
+def test_a_model_that_was_destroyed_is_not_told_that_its_prompts_are_too_hard():
+    none = answers(no_signal_share=0.99, reward_mean=course(0.4, 0.0, 0.0, 0.0, num=40, noise=0.01), reward_std=0.0)
+    run = seen([accuracy(0.5, 0.0), none], rl=True, options=ON_T)
+    assert [advice.rule for advice in found(run)] == ["rl-below-start"]
+
+
 def test_noise_alone_seldom_fires():
     """Of 60 flat or slowly falling losses at a usual rate, none is called too high, too low or too small a batch."""
     said = [
