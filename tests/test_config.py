@@ -545,6 +545,17 @@ def test_table_holds_every_option_with_its_origin():
     assert "rollout.top_p has no effect: " in text
 
 
+def test_options_in_force_are_printed_a_line_each_as_they_are_typed_however_narrow():
+    out = subprocess.run(
+        [sys.executable, "-m", "posttrain", "sft", "optim.lr=3e-5", "--print_config"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    assert "  model.enable_gradient_checkpointing=false  (default)" in out and "  optim.lr=3e-05  (command line)" in out
+
+
 def test_help_holds_every_option_with_type_default_and_sentence():
     text = shown_text(describe_options(Config()))
     for option, field in options().items():

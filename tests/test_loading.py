@@ -42,7 +42,9 @@ def test_more_layers_than_the_configuration_has_are_made_or_refused_by_name(mode
     config.num_hidden_layers = 2
     config.save_pretrained(tmp_path)
     assert load_config(str(tmp_path), {"num_hidden_layers": 1}).layer_types == ["sliding_attention"]
-    with pytest.raises(InputError, match="num_hidden_layers=9: config.json says of 2 layers .* give model.override_config.layer_types"):
+    with pytest.raises(
+        InputError, match=r"num_hidden_layers=9: config.json says of 2 layers .* give model.override_config.layer_types"
+    ):
         load_config(str(tmp_path), {"num_hidden_layers": 9})
 
 

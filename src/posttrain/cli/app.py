@@ -310,4 +310,4 @@ def _print_help(context: typer.Context) -> None:
 def _print_config(resolved: Resolved, as_json: bool) -> None:
     from rich.console import Console
 
-    print(resolved.as_json()) if as_json else Console(highlight=False).print(resolved)
+    print(resolved.as_json()) if as_json else Console(highlight=False).print(resolved, soft_wrap=True)
