@@ -330,7 +330,7 @@ def test_missing_recipe_file_is_named():
         ("defaults: [qwen2.5-0.5b]", "`- model: name` under `defaults:`"),
         ("defaults: [_self_, model: qwen2.5-0.5b]", "found '_self_' under `defaults:`"),
         ("defaults: [motor: x]", "found {'motor': 'x'} under `defaults:`"),
-        ("defaults: [model: qwen]", "there is no such recipe; model has "),
+        ("defaults: [model: qwen]", "there is no such recipe; nearest: "),
     ],
 )
 def test_unusable_recipe_file_says_why(content: str, message: str):
@@ -543,6 +543,17 @@ def test_table_holds_every_option_with_its_origin():
     assert all(option.rpartition(".")[2] in text for option in options())
     assert "long" * 60 in "".join(text.split()).replace("commandline", "")
     assert "rollout.top_p has no effect: " in text
+
+
+def test_options_in_force_are_printed_a_line_each_as_they_are_typed_however_narrow():
+    out = subprocess.run(
+        [sys.executable, "-m", "posttrain", "sft", "optim.lr=3e-5", "--print_config"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    assert "  model.enable_gradient_checkpointing=false  (default)" in out and "  optim.lr=3e-05  (command line)" in out
 
 
 def test_help_holds_every_option_with_type_default_and_sentence():

@@ -10,7 +10,7 @@ from posttrain.distributed.device import choose_device
 from posttrain.distributed.world import join_world
 from posttrain.engine.build import build_engine
 from posttrain.errors import InputError
-from posttrain.models.load import empty_model, set_tables, tables
+from posttrain.models.load import empty_model, load_config, set_tables, tables
 from posttrain.models.weights import FileWeights
 from tiny import CONFIGS, tiny_lm
 
@@ -32,6 +32,20 @@ def test_an_empty_model_has_the_tables_of_a_whole_one(models, family):
     found, expected = tables(empty), tables(tiny_lm(family))
     assert found.keys() == expected.keys() and found
     assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_more_layers_than_the_configuration_has_are_made_or_refused_by_name(models, tmp_path):
+    for layers in (2, 9):
+        assert len(load_config(str(models / "qwen2"), {"num_hidden_layers": layers}).layer_types) == layers
+    config = load_config(str(models / "qwen2"), None)
+    config.layer_types = ["sliding_attention", "full_attention"]
+    config.num_hidden_layers = 2
+    config.save_pretrained(tmp_path)
+    assert load_config(str(tmp_path), {"num_hidden_layers": 1}).layer_types == ["sliding_attention"]
+    with pytest.raises(
+        InputError, match=r"num_hidden_layers=9: config.json says of 2 layers .* give model.override_config.layer_types"
+    ):
+        load_config(str(tmp_path), {"num_hidden_layers": 9})
 
 
 def test_parts_are_read_from_files_without_loading_a_whole_model(models, monkeypatch):

@@ -177,7 +177,8 @@ def test_jobs_of_other_commands_are_refused_by_name():
             "sft",
             "`posttrain recipes run qwen2.5-0.5b-gsm8k-sft-grpo` runs in order",
         ),
-        (["job=qwen"], "sft", "job=qwen: there is no such recipe; job has "),
+        (["job=qwen2.5-gsm8k"], "sft", "there is no such recipe; nearest: qwen2.5-0.5b-gsm8k"),
+        (["model=gpt"], "sft", "model=gpt: there is no such recipe; model has deepseek"),
     ):
         with pytest.raises(InputError, match=message.replace("`", ".")):
             compose(arguments, command)

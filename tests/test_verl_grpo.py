@@ -322,3 +322,9 @@ def test_verl_keeps_all_checkpoints_unless_told():
     assert read("").config.trainer.max_ckpt_to_keep is None
     assert read("trainer.max_actor_ckpt_to_keep=3").config.trainer.max_ckpt_to_keep == 3
     assert read("trainer.remove_previous_ckpt_in_save=True").config.trainer.max_ckpt_to_keep == 1
+
+
+def test_one_tracker_without_brackets_is_our_own_option_and_no_translation():
+    for command in ("sft", "grpo"):
+        read = compose(["trainer.logger=wandb", "trainer.project_name=x"], command)
+        assert (read.config.trainer.logger, read.translated) == (["wandb"], [])

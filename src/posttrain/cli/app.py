@@ -68,7 +68,7 @@ def sft(
     config_name: ConfigName = None,
     help_: Help = False,
 ) -> None:
-    """Fine-tune a chat model on conversations (supervised fine-tuning)."""
+    """Fine-tune a model on conversations with given answers (SFT)."""
     if help_:
         _print_help(context)
         return
@@ -112,7 +112,7 @@ def grpo(
     config_name: ConfigName = None,
     help_: Help = False,
 ) -> None:
-    """Let a model learn from its own answers and their rewards (GRPO, reinforcement learning)."""
+    """Let a model learn from its own answers and rewards (GRPO)."""
     if help_:
         _print_help(context)
         return
@@ -214,7 +214,7 @@ def quickstart(
     folder: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("quickstart-run"),
     seed: Annotated[int, typer.Option(help="Another one gives other problems and other first weights.")] = 0,
 ) -> None:
-    """From nothing to a trained, evaluated model, on this machine alone, in a few minutes."""
+    """From nothing to a trained, evaluated model in a few minutes."""
     from posttrain.quickstart.journey import quickstart as run
 
     run(folder, seed)
@@ -313,4 +313,4 @@ def _print_help(context: typer.Context) -> None:
 def _print_config(resolved: Resolved, as_json: bool) -> None:
     from rich.console import Console
 
-    print(resolved.as_json()) if as_json else Console(highlight=False).print(resolved)
+    print(resolved.as_json()) if as_json else Console(highlight=False).print(resolved, soft_wrap=True)

@@ -116,8 +116,10 @@ def check_needed(resolved: Resolved, command: str, needs_val: bool) -> None:
         if not value
     ]
     if missing:
+        recipes = dict.fromkeys(f"{option.partition('.')[0]}=NAME" for option in missing)
         raise InputError(
-            f"Missing: {', '.join(f'{option}=...' for option in missing)}. `posttrain {command} --help` explains each."
+            f"Missing: {', '.join(missing)}. Recipes bring them: {', '.join(recipes)}, or job=NAME, as `posttrain recipes` lists them; "
+            f"`posttrain {command} --help` explains each option."
         )
     find_model(config.model.path)
     find_sources(config.data.train_files, "data.train_files")

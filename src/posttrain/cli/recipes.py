@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Name = Annotated[str, typer.Argument(help="qwen2.5-0.5b, or model/qwen2.5-0.5b with its group.")]
 
-recipes_app = typer.Typer(help="Recipes: who learns, from what, by which rules, and whole jobs.")
+recipes_app = typer.Typer(help="Ready-made models, data, methods, and whole jobs by name.")
 
 
 @recipes_app.callback(invoke_without_command=True)

@@ -67,7 +67,9 @@ def packaged_recipe(group: str, name: str) -> Recipe:
     known = recipes().get(group, [])
     if name in known:
         return read_recipe(RECIPES / group / f"{name}.yaml", f"recipe {group}/{name}")
-    there = f"{group} has {', '.join(known)}" if known else f"only {', '.join(recipes())} have recipes"
+    near = difflib.get_close_matches(name, known, n=3)
+    listed = f"nearest: {', '.join(near)} (all: posttrain recipes)" if near else f"{group} has {', '.join(known)}"
+    there = listed if known else f"only {', '.join(recipes())} have recipes"
     example = next((option for option in options() if option.startswith(f"{group}.")), None)
     hint = f" An option is set by its whole name, such as {example}=..." if example else ""
     raise InputError(f"{group}={name}: there is no such recipe; {there}.{hint}")

@@ -98,20 +98,19 @@ def describe_options(defaults: Config) -> RenderableType:
 
 
 def describe_resolved(resolved: Resolved) -> RenderableType:
-    """Every option with its value and where that came from; then those that have no effect, with the reason."""
+    """Every option with its value and where that came from, a line each; then those that have no effect, with the reason."""
     from rich.console import Group
-    from rich.table import Column, Table
     from rich.text import Text
 
-    table = Table.grid(*(Column(overflow="fold") for _ in range(3)), padding=(0, 2))
+    lines: list[RenderableType] = []
     for name in sections():
-        table.add_row(Text(name, "bold"))
+        lines.append(Text(name, "bold"))
         for option, value in getattr(resolved.config, name):
             origin = resolved.origins[f"{name}.{option}"]
-            style = "dim" if origin == "default" else ""
-            table.add_row(Text(f"  {option}", style), Text(shown(value), style or "cyan"), Text(origin, "dim"))
+            style = "dim" if origin == "default" else "cyan"
+            lines.append(Text.assemble((f"  {name}.{option}={shown(value)}", style), (f"  ({origin})", "dim")))
     notes = [Text(f"{note['key']} has no effect: {note['reason']}", "yellow") for note in resolved.ignored]
-    return Group(table, *(Text(line, "cyan") for line in translations(resolved)), *notes)
+    return Group(*lines, *(Text(line, "cyan") for line in translations(resolved)), *notes)
 
 
 def translations(resolved: Resolved) -> list[str]:

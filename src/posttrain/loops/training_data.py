@@ -156,7 +156,7 @@ def describe(data: TrainingData, config: Config, world: World) -> list[str]:
     tokens_a_step = data.train.lengths_N.mean() * schedule.batch_size
     lines.append(
         f"{schedule.num_steps:,} steps of {schedule.batch_size} {unit} (about {tokens_a_step:,.0f} tokens) = "
-        f"{schedule.num_epochs:.4g} epochs of {schedule.steps_per_epoch:,} steps, on {world.size} "
+        f"{schedule.num_epochs:.4g} {'epoch' if schedule.num_epochs == 1 else 'epochs'} of {schedule.steps_per_epoch:,} steps, on {world.size} "
         f"{'process' if world.size == 1 else 'processes'} ({world.device.type}){_layout(world)}"
     )
     return lines + without_effect_here(data.chat, config, world)

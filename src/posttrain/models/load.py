@@ -197,8 +197,18 @@ def load_config(path: str, override: dict[str, Any] | None, revision: str | None
             raise InputError(f"model.override_config.{name}: {type(config).__name__} has no such field.")
         setattr(config, name, value)
     if override and "num_hidden_layers" in override and getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[: config.num_hidden_layers]
+        config.layer_types = _types_of_layers(config.layer_types, config.num_hidden_layers)
     return config
+
+
+def _types_of_layers(types: list[str], num_layers: int) -> list[str]:
+    """The kind of attention of each layer, where there are fewer or more than `config.json` has."""
+    if len(types) < num_layers and len(set(types)) > 1:
+        raise InputError(
+            f"model.override_config.num_hidden_layers={num_layers}: config.json says of {len(types)} layers which attention each has, and "
+            "they differ; give model.override_config.layer_types too."
+        )
+    return types[:num_layers] + types[:1] * (num_layers - len(types))
 
 
 def architecture_fingerprint(config: Any) -> str:

@@ -253,7 +253,9 @@ def _unquoted(value: Any) -> Any:
 
 
 def _same(given: Any, made: Any) -> bool:
-    return as_written(given) == as_written(made)
+    """Whether both mean the same; one value stands for a list of it."""
+    alone = isinstance(made, list) and len(made) == 1 and not isinstance(given, list)
+    return as_written(given) == as_written(made[0] if alone else made)
 
 
 def _said(setting: Setting) -> str:

@@ -112,6 +112,8 @@ def no_signal(seen: Seen) -> Advice | None:
             ],
         )
     if reward - std <= 0.05 and reward <= 0.1:
+        if worse_than_before(seen):  # the model could, and lost it: neither too hard nor unrecognised
+            return None
         return Advice(
             "no-signal",
             f"{found}: too hard, or right answers are not recognised.",

@@ -110,7 +110,7 @@ def does_not_fit(needs: Needs, config: Config, capacity_gib: float | None, has_o
     if capacity_gib is None or needs.fixed <= capacity_gib * GIB:
         return None
     found = f"Weights, gradients and AdamW's averages alone take {gib(needs.fixed)}, more than the {capacity_gib:.1f} GiB of this device ({needs})."
-    return Advice("does-not-fit", found, remedies(needs, config, has_own_memory, fits_else=False))
+    return Advice("does-not-fit", found, remedies(needs, config, has_own_memory, capacity_gib))
 
 
 def out_of_memory(
@@ -131,26 +131,29 @@ def out_of_memory(
     if needs is None:
         return Advice("out-of-memory", found, ["Fewer rows at a time while they are read: data.num_workers=1."])
     found += f" By arithmetic it needs {needs}."
-    fits_else = capacity_gib is None or needs.fixed < capacity_gib * GIB
     first = list(_for_answers(config)) if answering else []
-    return Advice("out-of-memory", found, [*first, *remedies(needs, config, has_own_memory, fits_else)])
+    return Advice("out-of-memory", found, [*first, *remedies(needs, config, has_own_memory, capacity_gib)])
 
 
-def remedies(needs: Needs, config: Config, has_own_memory: bool, fits_else: bool) -> list[str]:
+def remedies(needs: Needs, config: Config, has_own_memory: bool, capacity_gib: float | None) -> list[str]:
     """What takes less, nearest first; where even without rows nothing would fit, not what only makes rows smaller."""
-    found = [*_smaller_rows(needs, config)] if fits_else else []
+    fits_else = capacity_gib is None or needs.fixed < capacity_gib * GIB
+    found = [*_smaller_rows(needs, config, capacity_gib)] if fits_else else []
     found += [*_fewer_numbers(needs, config, has_own_memory)]
     if fits_else:
         found += [*_shorter_samples(needs, config)]
     return [*found, *_more_devices(needs, config, has_own_memory, fits_else)]
 
 
-def _smaller_rows(needs: Needs, config: Config) -> Iterator[str]:
+def _smaller_rows(needs: Needs, config: Config, capacity_gib: float | None) -> Iterator[str]:
     data, model = config.data, config.model
-    fewer = replace(needs, tokens=max(needs.tokens // 2, needs.longest))
+    fewer = _halved(needs)
+    while capacity_gib and fewer.total > capacity_gib * GIB and fewer.tokens > needs.longest:
+        fewer = _halved(fewer)
     saved = needs.activations - fewer.activations
     same = f"same result: micro-batches add up to the step of {data.train_batch_size} by themselves (gradient accumulation)"
     if data.packing and data.micro_batch_size_per_gpu is not None and data.micro_batch_size_per_gpu > 1:
+        saved = needs.activations - _halved(needs).activations
         yield f"data.micro_batch_size_per_gpu={data.micro_batch_size_per_gpu // 2}: about {gib(saved)} less, the {same}."
     elif data.micro_batch_size_per_gpu is None and data.packing and fewer.tokens < needs.tokens:
         yield f"data.max_tokens_per_gpu={fewer.tokens}: about {gib(saved)} less, the {same}."
@@ -158,6 +161,10 @@ def _smaller_rows(needs: Needs, config: Config) -> Iterator[str]:
         saved = needs.activations - replace(needs, recompute_every=1).activations
         every = " model.gradient_checkpointing_every=1" if model.gradient_checkpointing_every > 1 else ""
         yield f"model.enable_gradient_checkpointing=true{every}: about {gib(saved)} less, a third more time."
+
+
+def _halved(needs: Needs) -> Needs:
+    return replace(needs, tokens=max(needs.tokens // 2, needs.longest))
 
 
 def _fewer_numbers(needs: Needs, config: Config, has_own_memory: bool) -> Iterator[str]:

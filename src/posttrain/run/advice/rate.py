@@ -123,13 +123,14 @@ def few_updates(seen: Seen) -> Advice | None:
     data, trainer = seen.config.data, seen.config.trainer
     if seen.draws_answers or trainer.total_training_steps is not None or seen.num_updates >= 20:
         return None
-    rows = seen.rows.get("rows_used", 0)
+    rows, epochs = seen.rows.get("rows_used", 0), max(trainer.total_epochs + 2, 5)
     smaller = max(1, rows * trainer.total_epochs // 100)
     remedies = [
-        f"trainer.total_epochs={max(trainer.total_epochs + 2, 5)}: more passes; validation (data.val_files) tells when it is enough."
+        f"trainer.total_epochs={epochs}: {seen.steps_per_epoch * epochs} steps; validation (data.val_files) tells when it is enough."
     ]
     if smaller < data.train_batch_size:
-        remedies.insert(0, f"data.train_batch_size={smaller}: about 100 steps.")
+        steps = -(-rows // smaller) * trainer.total_epochs
+        remedies.insert(0, f"data.train_batch_size={smaller}: {steps} steps.")
     found = (
         f"{rows:,} rows in batches of {data.train_batch_size} make {seen.num_updates} steps in {trainer.total_epochs} "
         f"{'epoch' if trainer.total_epochs == 1 else 'epochs'}, too few to learn much in."
