@@ -406,6 +406,7 @@ def test_all_problems_are_told_at_once():
         (["model.lora_dropout=0.1"], "model.lora_dropout"),
         (["model.lora_adapter_path=.", "model.lora_rank=8"], "model.lora_rank"),
         (["engine.fsdp_size=1"], "engine.fsdp_size"),
+        (["engine.fsdp_size=8", "trainer.n_gpus_per_node=8"], "engine.fsdp_size"),
         (["engine.reshard_after_forward=false", "trainer.n_gpus_per_node=1"], "engine.reshard_after_forward"),
         (["tools.max_turns=2"], "tools.max_turns"),
         (["data.val_files=v.jsonl", "rollout.val_n=4"], "rollout.val_n"),

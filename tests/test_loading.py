@@ -131,10 +131,16 @@ def test_layouts_that_cannot_work_are_refused_before_the_model_loads(models, mon
         build(2, packing=False)
 
 
-@pytest.mark.parametrize("options", [{"fsdp_size": 2}, {"ulysses_sequence_parallel_size": 2}], ids=str)
-def test_sizes_that_do_not_divide_the_processes_are_refused(options):
+@pytest.mark.parametrize(("option", "size"), [("fsdp_size", 3), ("ulysses_sequence_parallel_size", 2)])
+def test_sizes_that_do_not_divide_the_processes_are_refused(monkeypatch, option, size):
+    monkeypatch.setenv("WORLD_SIZE", str(processes := 4 if option == "fsdp_size" else 1))
     with (
-        pytest.raises(InputError, match="does not divide the 1 process"),
-        join_world(choose_device("cpu"), torch.float32, EngineOptions(**options)),
+        pytest.raises(InputError, match=f"{option}={size} does not divide the {processes} process"),
+        join_world(choose_device("cpu"), torch.float32, EngineOptions(**{option: size})),
     ):
         pass
+
+
+def test_one_copy_may_be_asked_to_be_shared_by_more_processes_than_there_are():
+    with join_world(choose_device("cpu"), torch.float32, EngineOptions(fsdp_size=8)) as world:
+        assert world.size == 1

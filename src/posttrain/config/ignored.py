@@ -110,8 +110,13 @@ def _makes_one_update(config: Config) -> bool:
 
 
 def _of_layout(config: Config) -> Iterator[tuple[str, str]]:
-    if _processes(config) == 1:
-        yield "engine.fsdp_size", "there is one process"
+    processes = _processes(config)
+    if processes <= (config.engine.fsdp_size or 0):
+        yield (
+            "engine.fsdp_size",
+            "there is one process" if processes == 1 else f"all {processes} processes share one copy anyway",
+        )
+    if processes == 1:
         yield "engine.reshard_after_forward", "there is one process, which holds all weights anyway"
 
 

@@ -274,8 +274,8 @@ class EngineOptions(Section):
     """How one model is laid over several processes. Nothing here changes the result, but for the noise of dropout."""
 
     fsdp_size: PositiveInt | None = None
-    """Processes that share one copy of the weights; further processes hold copies of it (hybrid sharding). Not given: all
-    share one."""
+    """At most so many processes share one copy of the weights; further processes hold copies of it (hybrid sharding). Not
+    given: all share one."""
     reshard_after_forward: bool = True
     """Give back a block's whole weights after its forward pass and gather them again for the backward pass; `false` talks
     less and holds the whole weights in between."""

@@ -183,7 +183,7 @@ def _store(size: int) -> dist.Store:
 def _checked_sizes(layout: EngineOptions, size: int) -> int:
     """Processes that share one copy of the weights. Raises InputError."""
     wanted = {
-        "engine.fsdp_size": layout.fsdp_size or size,
+        "engine.fsdp_size": min(layout.fsdp_size or size, size),
         "engine.ulysses_sequence_parallel_size": layout.ulysses_sequence_parallel_size,
     }
     for option, number in wanted.items():

@@ -121,7 +121,7 @@ def _needs(
         num_blocks=text.num_hidden_layers,
         hidden=text.hidden_size,
         inner=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
-        shards=engine.fsdp_size or world.size,
+        shards=min(engine.fsdp_size or world.size, world.size),
         sharded=world.mesh is not None,
         kept_bytes=kept_dtype(model).itemsize,
         computed_bytes=world.device.compute_dtype(model.dtype).itemsize,

@@ -194,7 +194,8 @@ def _shorter_samples(needs: Needs, config: Config) -> Iterator[str]:
 def _more_devices(needs: Needs, config: Config, has_own_memory: bool, fits_else: bool) -> Iterator[str]:
     engine = config.engine
     saved = (needs.at_rest + needs.gradients + needs.averages + needs.copy) / 2
-    shared = f"engine.fsdp_size={2 * engine.fsdp_size}" if engine.fsdp_size else "as many again"
+    hybrid = engine.fsdp_size and needs.shards == engine.fsdp_size
+    shared = f"engine.fsdp_size={2 * needs.shards}" if hybrid else "as many again"
     where = (
         "trainer.n_gpus_per_node, trainer.nnodes"
         if has_own_memory
