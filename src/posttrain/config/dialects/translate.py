@@ -54,6 +54,7 @@ def translate(
     for rule, rows in _rules(tables).items():
         kept += work.together(rule, rows)
     work.result.settings = [setting for _, setting in sorted(kept, key=lambda item: item[0])]
+    work.forget_what_was_given_again()
     work.result.defaults += list(work.plain_defaults())
     return work.result
 
@@ -136,6 +137,17 @@ class _Work:
         yield from (self.given[key] for key in known if key in self.ours - made.keys() and self._is_null(key))
         if not made and known:
             self.result.ignored += [self._without_effect(key) for key in known if key not in self.ours]
+
+    def forget_what_was_given_again(self) -> None:
+        """Of two names of an option the later wins; what the other became is not told."""
+        last = {setting.key: setting.value for setting in self.result.settings}
+        over = [
+            told
+            for told in self.result.translated
+            if told["key"] in last and not _same(last[told["key"]], told["value"])
+        ]
+        self.result.translated = [told for told in self.result.translated if told not in over]
+        self.result.ignored += [{"key": told["given"], "reason": f"{told['key']} is given after it"} for told in over]
 
     def plain_defaults(self) -> Iterator[Setting]:
         """The version's defaults that no rule reads and nobody gave another value."""
