@@ -118,6 +118,7 @@ COMMANDS: list[tuple[str, dict[str, Any]]] = [
     (f"{OLD} trainer.logger=['console','tracking','file']", {"trainer.logger": ["console", "wandb"]}),
     (f"{OLD} trainer.logger=console trainer.experiment_name=qwen-2.5-0.5b", {"trainer.logger": ["console"], "trainer.experiment_name": "qwen-2.5-0.5b"}),
     (f"{OLD} trainer.save_freq=after_each_epoch trainer.test_freq=after_each_epoch", {"trainer.save_freq": "1ep", "trainer.test_freq": "1ep"}),
+    (f"{OLD} '\\ ' ' ' \\\\ trainer.save_contents=[model,hf_model] engine.fsdp_size=16 ", {"engine.fsdp_size": 16}),  # a backslash before a blank
     (f"{OLD} trainer.max_ckpt_to_keep=0", {"trainer.max_ckpt_to_keep": None}),
     (f"{OLD} trainer.checkpoint.save_contents=[model,optimizer,extra,hf_model] trainer.checkpoint.load_contents=[model,optimizer,extra]", {}),
     (f"{OLD} data.train_max_samples=-1 data.val_max_samples=100 trainer.device=cpu hydra.run.dir=/tmp/x", {"data.train_max_samples": None, "data.val_max_samples": 100}),
@@ -278,6 +279,14 @@ def test_what_changes_nothing_is_told_with_its_reason():
         "trainer.checkpoint.save_contents", "data.multiturn.enable", "hydra.run.dir", "data.use_shm",
     }  # fmt: skip
     assert all(note["reason"] for note in resolved.ignored)
+
+
+def test_of_two_names_of_an_option_the_later_wins_and_alone_is_told():
+    resolved = resolve(f"{OLD} optim.warmup_steps_ratio=0.2 model.path=another/model")
+    assert value(resolved, "model.path") == "another/model"
+    assert {told["given"] for told in resolved.translated} == {"optim.warmup_steps_ratio"}
+    assert {"key": "model.partial_pretrain", "reason": "model.path is given after it"} in resolved.ignored
+    assert value(resolve(f"model.path=another/model {OLD}"), "model.path") == "some/model"
 
 
 def test_options_of_ours_say_nothing_of_translation():

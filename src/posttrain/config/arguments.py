@@ -75,6 +75,11 @@ def packaged_recipe(group: str, name: str) -> Recipe:
     raise InputError(f"{group}={name}: there is no such recipe; {there}.{hint}")
 
 
+def is_left_over(argument: str) -> bool:
+    """Whether it is what a shell makes of a backslash with a blank behind it, or at the end of a script: nothing was meant."""
+    return bool(argument) and not argument.strip("\\ \t\r\n")
+
+
 def parse(argument: str) -> Override | Recipe:
     """The argument as an override, or as the recipe file that it names."""
     key, equals, raw = argument.partition("=")

@@ -21,7 +21,7 @@ def check_grpo(config: Config) -> None:
     if algorithm.overlong_buffer_tokens > rollout.max_new_tokens:
         raise InputError(
             f"algorithm.overlong_buffer_tokens={algorithm.overlong_buffer_tokens} is more than "
-            f"rollout.max_new_tokens={rollout.max_new_tokens}, the whole answer."
+            f"rollout.max_new_tokens={rollout.max_new_tokens}, the whole answer. Give a part of it, or 0 for no such penalty."
         )
     if (algorithm.ppo_mini_batch_size or 0) > data.train_batch_size:
         raise InputError(

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import filterfalse
 from types import NoneType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -28,6 +29,7 @@ from posttrain.config.arguments import (
     Override,
     Recipe,
     groups,
+    is_left_over,
     packaged_recipe,
     parse,
     recipes,
@@ -93,7 +95,7 @@ def compose(arguments: list[str], command: str | None = None) -> Resolved:
     choices: list[Override] = []
     in_files: list[Setting] = []
     on_line: list[Setting] = []
-    for argument in arguments:
+    for argument in filterfalse(is_left_over, arguments):
         with draft.collecting():
             match parse(argument):
                 case Recipe() as file:

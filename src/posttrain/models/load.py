@@ -28,7 +28,9 @@ def find_model(path: str | None, option: str = "model.path") -> str:
     folder = Path(path)
     if not folder.exists():
         if path.startswith(("/", "./", "../", "~")) or path.count("/") != 1:
-            raise InputError(f"{option}: {path} does not exist.{_nearest(folder)}")
+            raise InputError(
+                f"{option}: {path} does not exist.{_nearest(folder)} Expected a model's folder, or its name on the hub, owner/name."
+            )
         if folder.parent.is_dir():  # a mistyped path would go to the hub, and wait there
             raise InputError(
                 f"{option}: {path} does not exist, and {folder.parent} is a folder here.{_nearest(folder)} If a model on the hub is "

@@ -50,7 +50,9 @@ class RemoteCopy:
         except InputError:
             raise
         except Exception as error:  # each file system has errors of its own
-            raise InputError(f"{OPTION}={self.url} cannot be written: {_said(error)}.") from None
+            raise InputError(
+                f"{OPTION}={self.url} cannot be written: {_said(error)}. Leave it out to keep the run in {self.folder} alone."
+            ) from None
 
     def update(self) -> None:
         """Begin to copy what is new, after what is being copied."""

@@ -19,7 +19,10 @@ def check_trackers(names: list[str]) -> None:
         if name not in (CONSOLE, *TRACKERS):
             raise InputError(f"trainer.logger: unknown tracker '{name}'; there are {', '.join((CONSOLE, *TRACKERS))}.")
         if name != CONSOLE and not (find_spec(name) and find_spec("accelerate")):
-            raise InputError(f"trainer.logger={name} needs a package: pip install 'posttrain[{name}]'.")
+            raise InputError(
+                f"trainer.logger={name} needs a package: pip install 'posttrain[{name}]', or leave {name} out; metrics.jsonl is "
+                "always written."
+            )
 
 
 def start_trackers(names: list[str], project: str, experiment: str, folder: Path, options: dict[str, Any]) -> list[Any]:
