@@ -126,6 +126,8 @@ COMMANDS = {
     "a template's arguments": ("+data.apply_chat_template_kwargs.enable_thinking=False", {"data.chat_template_kwargs": {"enable_thinking": False}}),
     "fields of the model": ("++actor_rollout_ref.model.override_config.max_position_embeddings=32768", {"model.override_config": {"max_position_embeddings": 32768}}),
     "no adapters": ("actor_rollout_ref.model.lora_rank=0 actor_rollout_ref.model.lora_alpha=0 trainer.test_freq=False", {"model.lora_alpha": 16, "trainer.test_freq": -1}),
+    "a path that the mode does not ask for": ("trainer.resume_from_path=checkpoints/", {"trainer.resume_from_path": None}),
+    "a path that it asks for": ("trainer.resume_from_path=a/b trainer.resume_mode=resume_path", {"trainer.resume_from_path": "a/b"}),
     "a seed, and all rows": ("data.seed=7 data.train_max_samples=-1", {"trainer.seed": 7}),
     "cosine, two names": (
         "actor_rollout_ref.actor.optim.warmup_style=cosine actor_rollout_ref.actor.optim.lr_warmup_steps=-1 "

@@ -228,6 +228,12 @@ def overlong(given: Lookup) -> dict[str, Any]:
     return {"algorithm.overlong_buffer_tokens": found["len"], "algorithm.overlong_penalty": penalty}
 
 
+def resumed(given: Lookup) -> dict[str, Any]:
+    """verl reads a path only where the mode asks for one; scripts give both."""
+    is_read = given("trainer.resume_mode") == "resume_path" or given("actor_rollout_ref.model.path") is None
+    return {"trainer.resume_from_path": given("trainer.resume_from_path") or None if is_read else None}
+
+
 def trackers(given: Lookup) -> dict[str, Any]:
     names = given("trainer.logger")
     names = names if isinstance(names, list) else [names]
