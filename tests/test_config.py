@@ -126,7 +126,7 @@ def test_command_line_choice_replaces_the_choice_of_a_file():
 
 
 def test_unknown_recipe_lists_what_there_is():
-    assert "qwen2.5-0.5b, " in problem("model=qwen") and "model.path=" in problem("model=qwen")
+    assert "nearest: qwen" in problem("model=qwen") and "model.path=" in problem("model=qwen")
     assert "only model, data, method, job have recipes" in problem("trainer=x")
 
 

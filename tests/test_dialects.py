@@ -266,7 +266,7 @@ def test_a_name_may_mean_the_same_in_any_section():
 
 def test_model_is_chosen_by_verls_word_and_by_ours():
     assert compose(["model=hf_model", "model.path=x"], "sft").config.model.path == "x"
-    with pytest.raises(InputError, match="no such recipe; model has"):
+    with pytest.raises(InputError, match="no such recipe; nearest"):
         compose(["model=qwen"], "sft")
 
 
