@@ -118,7 +118,7 @@ def check_needed(resolved: Resolved, command: str, needs_val: bool) -> None:
     if missing:
         recipes = dict.fromkeys(f"{option.partition('.')[0]}=NAME" for option in missing)
         raise InputError(
-            f"Missing: {', '.join(missing)}. Recipes bring them: {', '.join(recipes)}, or job=NAME, as `posttrain recipes` lists them; "
+            f"Missing: {', '.join(f'{option}=...' for option in missing)}. Recipes bring them: {', '.join(recipes)}, or job=NAME, as `posttrain recipes` lists them; "
             f"`posttrain {command} --help` explains each option."
         )
     find_model(config.model.path)
