@@ -7,7 +7,10 @@ from importlib.util import find_spec
 from typing import Any
 
 from posttrain.config.dialects.tables import Lookup
+from posttrain.config.dialects.verl_sft import first_given, trackers
 from posttrain.errors import InputError
+
+__all__ = ["trackers"]  # a rule of both tables
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 WITHOUT_END = 1_000  # batches of prompts, more than a step could need
@@ -26,8 +29,6 @@ AGGREGATIONS = {
     "seq-mean-token-sum-norm": "constant-length",
 }
 DIVERGENCES = {"kl": "k1", "k1": "k1", "abs": "abs", "mse": "k2", "k2": "k2", "low_var_kl": "k3", "k3": "k3"}
-TRACKERS = {"tracking": "wandb"}  # older verl's name
-FILE_TRACKER = "file"  # metrics.jsonl, which is always written
 
 
 def estimator(given: Lookup) -> dict[str, Any]:
@@ -187,11 +188,11 @@ def validation_sampling(given: Lookup) -> dict[str, Any]:
 
 
 def prompt_length(given: Lookup) -> dict[str, Any]:
-    return {"data.max_prompt_length": _first(given, f"{ROLLOUT}.prompt_length", "data.max_prompt_length")}
+    return {"data.max_prompt_length": first_given(given, f"{ROLLOUT}.prompt_length", "data.max_prompt_length")}
 
 
 def answer_length(given: Lookup) -> dict[str, Any]:
-    return {"rollout.max_new_tokens": _first(given, f"{ROLLOUT}.response_length", "data.max_response_length")}
+    return {"rollout.max_new_tokens": first_given(given, f"{ROLLOUT}.response_length", "data.max_response_length")}
 
 
 def truncation(given: Lookup) -> dict[str, Any]:
@@ -234,12 +235,6 @@ def resumed(given: Lookup) -> dict[str, Any]:
     return {"trainer.resume_from_path": given("trainer.resume_from_path") or None if is_read else None}
 
 
-def trackers(given: Lookup) -> dict[str, Any]:
-    names = given("trainer.logger")
-    names = names if isinstance(names, list) else [names]
-    return {"trainer.logger": [TRACKERS.get(name, name) for name in names if name != FILE_TRACKER]}
-
-
 def _divergence(given: Lookup, key: str) -> str:
     """`+` takes the gradient of the squared difference whatever the value: in the loss that is k2, off the reward nothing."""
     name = str(given(key))
@@ -275,7 +270,3 @@ def _number(given: Lookup, key: str) -> int | None:
     if value is not None and not isinstance(value, int):
         raise InputError(f"{key}={value}: expected a whole number.")
     return value
-
-
-def _first(given: Lookup, *keys: str) -> Any:
-    return next((value for key in keys if (value := given(key)) is not None), None)

@@ -75,9 +75,9 @@ def seed(given: Lookup) -> dict[str, Any]:
 
 def micro_batches(given: Lookup) -> dict[str, Any]:
     """Tokens of a pass where batches are dynamic, which they are in the newer trainer; rows elsewhere."""
-    tokens = _first(given, "data.max_token_len_per_gpu", "engine.max_token_len_per_gpu")
-    rows = _first(given, "data.micro_batch_size_per_gpu", "engine.micro_batch_size_per_gpu")
-    dynamic = _first(given, "data.use_dynamic_bsz", "engine.use_dynamic_bsz")
+    tokens = first_given(given, "data.max_token_len_per_gpu", "engine.max_token_len_per_gpu")
+    rows = first_given(given, "data.micro_batch_size_per_gpu", "engine.micro_batch_size_per_gpu")
+    dynamic = first_given(given, "data.use_dynamic_bsz", "engine.use_dynamic_bsz")
     in_all = given("data.micro_batch_size")
     if rows is None and in_all is not None:
         rows = max(1, _whole(in_all, "data.micro_batch_size") // _groups(given))
@@ -93,7 +93,7 @@ def micro_batches(given: Lookup) -> dict[str, Any]:
 def _groups(given: Lookup) -> int:
     """Processes, or groups of them that share a row."""
     asked_for = (given("trainer.n_gpus_per_node") or 1) * (given("trainer.nnodes") or 1)
-    sharing = _first(given, "ulysses_sequence_parallel_size", "engine.ulysses_sequence_parallel_size")
+    sharing = first_given(given, "ulysses_sequence_parallel_size", "engine.ulysses_sequence_parallel_size")
     return max(1, int(os.environ.get("WORLD_SIZE", asked_for)) // int(sharing or 1))
 
 
@@ -106,8 +106,8 @@ def offload(given: Lookup) -> dict[str, Any]:
 
 def warmup(given: Lookup) -> dict[str, Any]:
     """Steps if there are any, else the share of all steps."""
-    steps = _first(given, "optim.lr_warmup_steps", "optim.warmup_steps")
-    ratio = _first(
+    steps = first_given(given, "optim.lr_warmup_steps", "optim.warmup_steps")
+    ratio = first_given(
         given, "optim.warmup_steps_ratio", "optim.lr_warmup_ratio", "engine.optim.lr_warmup_steps_ratio",
         "optim.lr_warmup_steps_ratio",
     )  # fmt: skip
@@ -119,7 +119,7 @@ def warmup(given: Lookup) -> dict[str, Any]:
 
 def floor(given: Lookup) -> dict[str, Any]:
     """The lowest rate, as a share of the highest."""
-    lowest, ratio = _first(given, "optim.lr_min", "optim.min_lr"), given("optim.min_lr_ratio")
+    lowest, ratio = first_given(given, "optim.lr_min", "optim.min_lr"), given("optim.min_lr_ratio")
     if not lowest:
         return {} if ratio is None else {"optim.min_lr_ratio": ratio}
     highest = given.in_force("optim.lr")
@@ -147,7 +147,7 @@ def _frequency(value: Any, in_epochs: bool) -> Any:
 def kept(given: Lookup) -> dict[str, Any]:
     """All of them for null, 0 and -1."""
     names = ("max_ckpt_to_keep", "max_actor_ckpt_to_keep", "ckpt.num_to_keep")
-    number = _first(given, *(f"trainer.{name}" for name in names))
+    number = first_given(given, *(f"trainer.{name}" for name in names))
     return {"trainer.max_ckpt_to_keep": None if isinstance(number, int) and number <= 0 else number}
 
 
@@ -171,7 +171,7 @@ def trackers(given: Lookup) -> dict[str, Any]:
     return {"trainer.logger": ["wandb" if name == "tracking" else name for name in names if name != "file"]}
 
 
-def _first(given: Lookup, *keys: str) -> Any:
+def first_given(given: Lookup, *keys: str) -> Any:
     """The value of the first of these options that has one."""
     return next((value for key in keys if (value := given(key)) is not None), None)
 
