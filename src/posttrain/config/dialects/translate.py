@@ -192,9 +192,8 @@ class _Work:
         if not accepted:
             self.result.problems.append(f"{_said(setting)} ({setting.origin}): {row.refused}.")
         elif setting.key not in self.ours:
-            is_nothing = value == "null" and row.refused
-            reason = {"key": setting.key, "reason": "null asks for nothing"}
-            self.result.ignored.append(reason if is_nothing else self._without_effect(setting.key))
+            reason = "null asks for nothing" if value == "null" and row.refused else row.reason
+            self.result.ignored.append({"key": setting.key, "reason": reason})
         return accepted
 
     def _without_effect(self, key: str) -> dict[str, str]:
