@@ -1,5 +1,6 @@
 # The same torch everywhere: a CPU build where that is what pip finds, else the CUDA build.
 TORCH ?= torch==2.13.0
+TORCHVISION ?= torchvision==0.28.0
 PYTHON ?= python3
 VENV ?= .venv
 # a test file is one process's work from beginning to end
@@ -31,11 +32,11 @@ $(VENV)/.installed: $(BIN)/python pyproject.toml
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" "$(TORCHVISION)" -e '.[test]'
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" "$(TORCHVISION)" -e '.[dev]'
 	touch $@
 
 clean:

@@ -63,7 +63,9 @@ def cases() -> list[Case]:
     ]  # fmt: skip
     found += [
         Case("LoRA", "all weights", "100M", 1, 256, {}),
+        Case("LoRA", "all weights, averages in 8 bits", "100M", 1, 256, {"optim": {"optimizer": "adamw_8bit"}}),
         Case("LoRA", "rank 16, all linear layers", "100M", 1, 256, {"model": {"lora_rank": 16}}),
+        Case("LoRA", "the same, base in 4 bits", "100M", 1, 256, {"model": {"lora_rank": 16, "load_in_4bit": True}}),
         Case("Recomputation", "none", "3M", 1, 4096, {}),
         Case("Recomputation", "every block", "3M", 1, 4096, {"model": {"enable_gradient_checkpointing": True}}),
         Case("Recomputation", "every second block", "3M", 1, 4096,
@@ -89,11 +91,12 @@ def work(case: Case, folder: Path) -> None:
 
     if case.full_logits:
         use_full_logits()
+    optim = OptimOptions(**case.options.get("optim", {}))
     model = ModelOptions(path=str(folder / case.model), **case.options.get("model", {}))
     layout = EngineOptions(**case.options.get("engine", {}))
     with join_world(choose_device("cpu"), torch.float32, layout) as world:
         before = memory("VmRSS")
-        engine = build_engine(model, layout, OptimOptions(), 10, world, torch.float32, packing=True, seed=0)
+        engine = build_engine(model, layout, optim, 10, world, torch.float32, packing=True, seed=0)
         rng = np.random.default_rng(world.reader)
         ids = rng.integers(0, 500, case.length).astype(np.int32)
         documents = [Sample(row, part, np.ones(len(part), np.float32)) for row, part in enumerate(np.split(ids, 4))]

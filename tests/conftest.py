@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import posttrain.models
 
 DATA_BESIDE_THE_REPOSITORY = Path(__file__).parents[2] / "shared" / "data"
 
@@ -95,6 +98,12 @@ class Command:
 @pytest.fixture
 def posttrain(tiny, tmp_path) -> Command:
     return Command(tiny, tmp_path)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
 
 
 def records(run: Path, phase: str = "train") -> list[dict]:

@@ -7,6 +7,7 @@ the hub are looked up in a hub cache that holds a tiny model of the same archite
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -20,6 +21,8 @@ from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
+
+from tiny_vision import write_tiny_vision_model
 
 # what a page may run besides posttrain: programs that are not ours, and are not run here
 OTHERS = {
@@ -42,7 +45,7 @@ LAUNCHERS = {"torchrun", "srun", "python", "python3", "~/vllm/bin/python"}
 HUB_NAME = re.compile(r"[A-Za-z][\w.-]*/[\w.-]+")
 # the architecture behind a name on the hub; the first that matches
 ARCHITECTURES = (
-    (r"Qwen2\.5-VL|Qwen3-VL", "images"), (r"Qwen3-.*A\d+B", "qwen3_moe"), (r"Qwen3-", "qwen3"),
+    (r"Qwen2\.5-VL", "qwen2_5_vl"), (r"Qwen3-VL", "qwen3_vl"), (r"Qwen3-.*A\d+B", "qwen3_moe"), (r"Qwen3-", "qwen3"),
     (r"Qwen2|Distill-Qwen|Qwen/", "qwen2"), (r"gemma-3", "gemma3"), (r"gemma-2-", "gemma2"), (r"gemma", "gemma"),
     (r"Seed-OSS", "seed_oss"), (r"[Ll]lama|SmolLM2|deepseek", "llama"),
 )  # fmt: skip
@@ -168,6 +171,9 @@ def furnish(rank: int, size: int, folder: Path) -> None:
         '        query: What to look for.\n        limit: Most results.\n    """\n    return [query] * limit\n'
     )
     _write_models(folder / "models", [*map(json.dumps, talks), *(problems / "train.jsonl").read_text().splitlines()])
+    _write_photos(given)
+    for family in ("qwen2_5_vl", "qwen3_vl"):
+        write_tiny_vision_model(folder / "models" / family, family)
     (given / "quickstart-run").mkdir()
     (given / "quickstart-run" / "data").symlink_to(given)
     for name in ("MODEL", "FOLDER", "DIR", "quickstart-run/sft"):
@@ -193,6 +199,8 @@ def as_written(rank: int, size: int, words: list[str], place: Path, home: Path, 
         words = [*words, *small, count]
     elif words[:2] in (["data", "show"], ["data", "batches"]):
         words = [*words, f"data.cache_dir={home / 'cache'}"]
+    elif words[:3] == ["data", "prepare", "shapes"]:
+        words = [*words, "--rows=24"]
     elif words[:2] == ["recipes", "run"]:
         words = [*words, "--print"]  # it would start each of its commands anew, on the hub and in full
     elif words[0] == "quickstart":
@@ -268,7 +276,8 @@ def _use_hub(words: list[str], options: dict[str, Any] | None, home: Path) -> No
     from huggingface_hub import constants
 
     constants.HF_HUB_CACHE, constants.HF_HUB_OFFLINE = str(home / "hub"), True
-    sys.modules["datasets"] = _data_sets(home)
+    if words[:3] != ["data", "prepare", "shapes"]:  # which are drawn, and need of the package how images are told
+        sys.modules["datasets"] = _data_sets(home)
     names = {word.rpartition("=")[2] for word in words}
     if words[0] == "data" and any(re.search(r"^(model|job)=|\.ya?ml$", word) for word in words):
         options = {"model.path": _composed(words)["model"]["path"]}
@@ -293,16 +302,41 @@ def _put_on_hub(name: str, home: Path) -> None:
 
 
 def _data_sets(home: Path) -> types.ModuleType:
-    """In place of the package `datasets`, whose sets lie on the hub: GSM8K's rows alone."""
+    """In place of the package `datasets`, whose sets lie on the hub: rows of GSM8K and Geometry3K. The rest of it is there when asked for."""
     module = types.ModuleType("datasets")
     module.__spec__ = ModuleSpec("datasets", None)
 
-    def load_dataset(name: str, config: str | None = None, split: str = "train") -> list[dict[str, str]]:
+    def load_dataset(name: str, config: str | None = None, split: str = "train") -> _Rows:
+        if name == "hiyouga/geometry3k":
+            image = {"bytes": (home / "given" / "photos" / "1.png").read_bytes(), "path": None}
+            return _Rows(
+                [{"problem": f"<image>How long is AB{n}?", "answer": str(n), "images": [image]} for n in range(6)]
+            )
         assert (name, config) == ("openai/gsm8k", "main"), f"no rows stand in for {name} {config}"
-        return [json.loads(line) for line in (home / "problems" / f"{split}.jsonl").open()]
+        return _Rows([json.loads(line) for line in (home / "problems" / f"{split}.jsonl").open()])
+
+    def of_the_package(name: str) -> Any:
+        if sys.modules["datasets"] is module:
+            del sys.modules["datasets"]
+            importlib.import_module("datasets").load_dataset = load_dataset
+        return getattr(sys.modules["datasets"], name)
 
     module.load_dataset = load_dataset  # type: ignore[attr-defined]
+    module.__getattr__ = of_the_package  # type: ignore[method-assign]
     return module
+
+
+class _Rows(list[dict[str, Any]]):
+    """Rows as `datasets` gives them, in Arrow's tables."""
+
+    def with_format(self, name: str) -> _Rows:
+        assert name == "arrow"
+        return self
+
+    def iter(self, batch_size: int) -> Iterator[Any]:
+        import pyarrow as pa
+
+        yield pa.Table.from_pylist(self)
 
 
 def _shorten_quickstart() -> None:
@@ -327,6 +361,19 @@ def _talk(number: int) -> dict[str, Any]:
         "tools": [{"type": "function", "function": {"name": "weather", "description": "The weather of a town.",
                    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}}],
     }  # fmt: skip
+
+
+def _write_photos(folder: Path) -> None:
+    """Conversations with an image each, in a file beside their folder."""
+    from PIL import Image
+
+    (folder / "photos").mkdir()
+    rows = []
+    for number, colour in enumerate(("red", "green", "blue", "red", "green", "blue"), start=1):
+        Image.new("RGB", (40 + 8 * number, 60), colour).save(folder / "photos" / f"{number}.png")
+        messages = [{"role": "user", "content": "<image>Which colour is it?"}, {"role": "assistant", "content": colour}]
+        rows.append({"messages": messages, "images": [f"photos/{number}.png"]})
+    (folder / "photos.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _write_models(folder: Path, texts: list[str]) -> None:

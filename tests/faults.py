@@ -32,7 +32,7 @@ def faulty(self, step, world):
         if step == 2:
             time.sleep(1000)
     if FAULT == "is_slow" and RANK == AT_FAULT:
-        time.sleep(0.15)
+        time.sleep(0.3)
     if FAULT == "is_slow" and step == 2 and RANK == 0:  # long work that shows its progress
         for _ in range(9):
             time.sleep(1)

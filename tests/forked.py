@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import re
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -15,8 +14,10 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+from torch.distributed import TCPStore
+
 WARM = [
-    "torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch.distributed.checkpoint.staging",
+    "posttrain.models", "torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch.distributed.checkpoint.staging",
     "torch.distributed.tensor", "transformers.models.auto.modeling_auto", "transformers.models.qwen2.modeling_qwen2",
     "transformers.models.qwen2.tokenization_qwen2", "transformers.generation", "safetensors.torch", "pyarrow.parquet",
     "hydra.core.override_parser.overrides_parser", "omegaconf", "fsspec", "numpy.ma", "rich._emoji_codes",
@@ -58,6 +59,7 @@ class Group:
 
     size: int
     said: Path
+    store: TCPStore  # through which they find each other; it ends with the group
     processes: list[Any] = field(default_factory=list)
 
     def wait(self, seconds: float = SECONDS) -> list[int]:
@@ -83,10 +85,11 @@ class Group:
 def start(function: Callable[..., None], size: int, *arguments: Any, said: Path) -> Group:
     """Start `function(rank, size, *arguments)` in `size` processes that find each other as torchrun's do."""
     context = multiprocessing.get_context("forkserver")
-    group, port = Group(size, said), _free_port()
+    # the system chooses the port, and no other takes it
+    group = Group(size, said, TCPStore("localhost", 0, is_master=True, wait_for_workers=False))
     said.write_text("")
     for rank in range(size):
-        process = context.Process(target=_run, args=(function, rank, size, port, said, arguments))
+        process = context.Process(target=_run, args=(function, rank, size, group.store.port, said, arguments))
         process.start()
         group.processes.append(process)
     return group
@@ -112,14 +115,28 @@ def command(rank: int, size: int, arguments: list[str]) -> None:
     cli.main()
 
 
+def run(arguments: list[Any], folder: Path, size: int = 1, code: int = 0, begin: Callable[..., None] = command) -> str:
+    """What `posttrain ARGUMENTS` said in so many processes. Fails where one ends with another code, or by a traceback.
+    `begin`: what changes something first, and then calls `command`."""
+    group = start(begin, size, [str(argument) for argument in arguments], said=folder / "said")
+    assert group.wait() == [code] * size, group.output()
+    assert "Traceback" not in group.output(), group.output()
+    return group.output()
+
+
 def _run(function: Callable, rank: int, size: int, port: int, said: Path, arguments: tuple) -> None:
     stream = os.open(said, os.O_WRONLY | os.O_APPEND)
     os.dup2(stream, 1)
     os.dup2(stream, 2)
     if size > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
-        os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     function(rank, size, *arguments)
+
+
+def meet_again(number: int) -> None:
+    """Called by all processes of a group before they join a world once more: as if torchrun had restarted them so many times."""
+    os.environ |= {"GROUP_WORLD_SIZE": "1", "TORCHELASTIC_RESTART_COUNT": str(number)}
 
 
 def _die_at(moment: Moment) -> None:
@@ -148,9 +165,3 @@ def _note_rows(folder: Path) -> None:
         return micro_batches
 
     TrainingData.micro_batches = noting
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return listener.getsockname()[1]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -20,6 +21,7 @@ import forked
 
 SOURCE = Path(__file__).parents[1] / "src"
 SIZE = 2
+OURS = ("posttrain", "tiny", "tiny_vision", "test_layouts", "test_vision")
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,13 @@ MUTATIONS = [
     Mutation(
         "shifts labels after the cut",
         "distributed/sequence.py",
-        "labels_T=part(whole.labels_T, IGNORED_LABEL)",
-        "labels_T=np.append(part(whole.ids_T, 0)[1:], 0)",
+        "labels_T=filled.labels_T[here]",
+        "labels_T=np.append(filled.ids_T[here][1:], 0)",
     ),
     Mutation(
         "restarts positions in each part",
         "distributed/sequence.py",
-        "positions_T=positions_T,",
+        "positions_T=filled.positions_T[here],",
         "positions_T=np.arange(length),",
     ),
     Mutation(
@@ -106,6 +108,33 @@ MUTATIONS = [
         "engine/optimizer.py",
         "parameter.grad = None",
         "pass",
+    ),
+]
+
+IMAGE_MUTATIONS = [
+    Mutation(
+        "gives documents the images of others",
+        "data/images/loader.py",
+        "for future in begun)",
+        "for future in begun[::-1])",
+    ),
+    Mutation(
+        "counts positions of images as those of text",
+        "models/vision.py",
+        "return found[:, 0]",
+        "return torch.arange(len(ids_L)).expand(3, -1)",
+    ),
+    Mutation(
+        "adds features of one token to the next",
+        "models/policy.py",
+        "own = numbers[numbers >= 0]",
+        "own = (numbers[numbers >= 0] - 1).clamp(min=0)",
+    ),
+    Mutation(
+        "takes the first part's embeddings",
+        "distributed/sequence.py",
+        "whole.chunk(self.size, dim)[self.rank]",
+        "whole.chunk(self.size, dim)[0]",
     ),
 ]
 
@@ -209,48 +238,89 @@ def differences(found: dict, expected: dict) -> list[str]:
     return said
 
 
-def worker(rank: int, size: int, copies: list[Path], first_port: int, models: Path, results: Path) -> None:
+def worker(rank: int, size: int, run: Callable, copies: list[Path], models: Path, results: Path) -> None:
     torch.set_num_threads(1)
     path = list(sys.path)
     for number, copy in enumerate(copies):
-        for name in [name for name in sys.modules if name.split(".")[0] in ("posttrain", "tiny", "test_layouts")]:
+        for name in [name for name in sys.modules if name.split(".")[0] in OURS]:
             del sys.modules[name]
         sys.path[:] = [str(copy), *path]
-        os.environ["MASTER_PORT"] = str(first_port + number)
-        said = run_mutant(models, results)
+        said = run(number, models, results)
         if rank == 0:
             torch.save(said, results / f"{number}.said.pt")
 
 
-def run_mutant(models: Path, results: Path) -> list[str]:
+def run_mutant(copy: int, models: Path, results: Path) -> list[str]:
     """What differs from the code that is right; an error that it ran into counts as well."""
     from posttrain.distributed.device import choose_device
     from posttrain.distributed.world import join_world
 
     said = []
     for number, layout in enumerate(quick_layouts()):
+        forked.meet_again(copy * len(quick_layouts()) + number)
         expected = torch.load(results / f"expected-{number}.pt", weights_only=False)
         try:
             with join_world(choose_device("cpu"), torch.float32, layout.options(models)[1]) as world:
                 said += [f"{what} ({layout})" for what in differences(quick_work(layout, world, models), expected)]
         except Exception as error:
             said.append(f"{type(error).__name__}: {str(error).splitlines()[0]}")
-        os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 20)
     return said
+
+
+def run_seeing_mutant(copy: int, seeing: Path, results: Path) -> list[str]:
+    """The same of rows with images that processes share."""
+    from posttrain.distributed.device import choose_device
+    from posttrain.distributed.world import join_world
+    from test_vision import GRADIENT_GAP, Layout, worst_gap
+
+    forked.meet_again(copy)
+    layout, expected = Layout("qwen3_vl", sequence=SIZE), torch.load(results / "expected.pt", weights_only=False)
+    try:
+        with join_world(choose_device("cpu"), torch.float32, layout.engine) as world:
+            found = seeing_work(layout, world, seeing)
+    except Exception as error:
+        return [f"{type(error).__name__}: {error}"]
+    return ["gradients"] if worst_gap(found["gradients"], expected["gradients"]) > GRADIENT_GAP else []
+
+
+def seeing_work(layout, world, seeing: Path) -> dict:
+    from test_vision import build, images_of, one_step
+    from tiny_vision import image_samples
+
+    images = images_of(layout, seeing)
+    return one_step(layout, build(layout, world, seeing, images), images, image_samples(images, 6), seeing)
+
+
+@pytest.mark.slow
+def test_the_comparison_of_rows_with_images_lets_no_mutation_live(tmp_path):
+    from test_vision import Layout
+    from tiny import alone
+    from tiny_vision import write_tiny_vision_model
+
+    torch.set_num_threads(1)
+    write_tiny_vision_model(tmp_path / "qwen3_vl", "qwen3_vl")
+    torch.save(seeing_work(Layout("qwen3_vl"), alone(), tmp_path), tmp_path / "expected.pt")
+    copies = [SOURCE, *(mutate(tmp_path, mutation) for mutation in IMAGE_MUTATIONS)]
+    forked.start_server()
+    group = forked.start(worker, SIZE, run_seeing_mutant, copies, tmp_path, tmp_path, said=tmp_path / "said")
+    assert group.wait(300) == [0] * SIZE, group.output()
+    untouched, *mutants = (torch.load(tmp_path / f"{number}.said.pt") for number in range(len(copies)))
+    assert untouched == [], f"the code as it stands differs: {untouched}"
+    alive = [mutation.what for mutation, said in zip(IMAGE_MUTATIONS, mutants, strict=True) if not said]
+    assert not alive, f"nothing noticed code that {', that '.join(alive)}"
 
 
 @pytest.mark.slow
 def test_the_comparison_of_layouts_lets_no_mutation_live(models, tmp_path):
-    from test_layouts import free_ports, plain
+    from test_layouts import plain
     from tiny import alone
 
     torch.set_num_threads(1)
     for number, layout in enumerate(quick_layouts()):
         torch.save(quick_work(plain(layout), alone(), models), tmp_path / f"expected-{number}.pt")
     copies = [SOURCE, *(mutate(tmp_path, mutation) for mutation in MUTATIONS)]
-    ports = free_ports(20 * (len(quick_layouts()) + 1))
     forked.start_server()
-    group = forked.start(worker, SIZE, copies, ports, models, tmp_path, said=tmp_path / "said")
+    group = forked.start(worker, SIZE, run_mutant, copies, models, tmp_path, said=tmp_path / "said")
     assert group.wait(600) == [0] * SIZE, group.output()
     untouched, *mutants = (torch.load(tmp_path / f"{number}.said.pt") for number in range(len(copies)))
     assert untouched == [], f"the code as it stands differs: {untouched}"

@@ -13,13 +13,14 @@ import torch
 
 import forked
 from conftest import records
+from forked import run
 from posttrain.config.compose import compose
 from posttrain.config.describe import options
 from posttrain.distributed.device import ran_out_of_memory
 from posttrain.run.advice.advice import EarlierRun, Seen
 from posttrain.run.advice.adviser import AT_END, AT_START
 from posttrain.run.advice.history import History
-from posttrain.run.advice.memory import Needs, does_not_fit, memory_line, out_of_memory
+from posttrain.run.advice.memory import Needs, does_not_fit, gib, memory_line, out_of_memory
 
 REWARD = '''
 def has_mark(data_source, solution_str, ground_truth, extra_info):
@@ -38,13 +39,6 @@ def folder(tiny, tmp_path_factory):
         sft(tiny, folder, "sft", model__path=tiny / "model", optim__lr=3e-3, trainer__total_training_steps=60), folder
     )
     return folder, said
-
-
-def run(arguments, folder, size=1, codes=None, begin=forked.command):
-    group = forked.start(begin, size, [str(a) for a in arguments], said=folder / "said")
-    assert group.wait() == (codes or [0] * size), group.output()
-    assert "Traceback" not in group.output(), group.output()
-    return group.output()
 
 
 def sft(tiny, folder, name, **more):
@@ -132,7 +126,7 @@ FAULTS = [
     ("few-updates", seen(num_updates=9, steps_per_epoch=3, rows={"rows_used": 5}, options=["data.train_batch_size=2", "trainer.total_epochs=3"]),
      ["make 9 steps in 3 epochs", "data.train_batch_size=1: 15 steps", "total_epochs=5: 15 steps"]),
     ("bad-rows", seen(rows={"rows_read": 100, "rows_used": 60}, rows_dropped={"no answer": 40}, options=["data.train_files=a.jsonl"]),
-     ["40 of 100 rows (40%)", "40: no answer", "posttrain data check a.jsonl"]),
+     ["40 of 100 rows (40%)", "40: no answer", "posttrain data check checkpoints/sft/config.yaml"]),
     ("few-trained-tokens", seen(rows={"num_tokens": 10000, "num_trained_tokens": 12}, options=["data.train_files=a.jsonl"]),
      ["12 of 10,000 tokens (0.12%)"]),
     ("rate-too-low", seen([training(FLAT, lr=1e-8)], options=["optim.lr=1e-8", "model.weights_dtype=bfloat16"]),
@@ -188,6 +182,7 @@ HEALTHY = {
     "accuracy within its interval": seen([answers(), accuracy(0.5, 0.48)], rl=True, options=ON_T),
     "reward wavers": seen([answers(reward_mean=course(0.5, 0.48, num=40))], rl=True),
     "few steps of a hard start": seen([answers(num=6, no_signal_share=1.0, reward_mean=0.0)], rl=True),
+    "answers drawn otherwise than in the earlier run": seen([accuracy(0.3)], rl=True, earlier=replace(EARLIER, val_temperature=1.0), options=ON_T),
     "another test set than the earlier run": seen([accuracy(0.3)], rl=True, earlier=replace(EARLIER, val_files=("u.parquet",)), options=ON_T),
     "adapters, five times the usual rate": seen(rl=True, options=["optim.lr=5e-5", "model.lora_rank=16"]),
     "after SFT with adapters": seen(rl=True, earlier=replace(EARLIER, lr=1e-6, uses_adapters=True)),
@@ -205,7 +200,7 @@ def test_a_rule_fires_on_its_fault_with_the_numbers_of_the_run(rule, run, says):
     (advice,) = [advice for advice in found(run) if advice.rule == rule]
     assert [part for part in says if part not in str(advice)] == [], str(advice)
     assert advice.remedies
-    named = {key for remedy in advice.remedies for key in re.findall(r"\b([a-z]+\.[a-z_]+)=", remedy)}
+    named = {key for remedy in advice.remedies for key in re.findall(r"\b([a-z]+\.[a-z0-9_]+)=", remedy)}
     assert named <= set(options()), named - set(options())
 
 
@@ -258,6 +253,7 @@ OOM = {"place": "step 3, forward and backward", "cause": "CUDA out of memory", "
 def test_memory_is_what_the_formulas_say():
     assert NEEDS.gradients == 7e9 and NEEDS.averages == 14e9 and NEEDS.copy == 7e9
     assert NEEDS.weights == 7e9 + 2 * (7e9 / 28) * 2
+    assert replace(NEEDS, stays_gathered=True).weights == 7e9 + 7e9 * 2
     assert NEEDS.activations == 16384 * 28 * (11 * 3584 + 4 * 18944) * 2
     assert replace(NEEDS, recompute_every=1).activations < NEEDS.activations / 10
     assert replace(NEEDS, param_offload=True, optimizer_offload=True, reference_offload=True).fixed == 1e9
@@ -269,16 +265,17 @@ def test_memory_is_what_the_formulas_say():
 def test_memory_that_ran_out_says_what_would_fit_nearest_first_and_nothing_that_is_on():
     def keys(*given, needs=NEEDS, **more):
         advice = out_of_memory(needs, compose([*given], "sft").config, **{**OOM, **more})
-        named = [key for remedy in advice.remedies for key in re.findall(r"([a-z]+\.[a-z_]+)=", remedy)[:1]]
+        named = [key for remedy in advice.remedies for key in re.findall(r"([a-z]+\.[a-z0-9_]+)=", remedy)[:1]]
         assert set(named) <= set(options())
         return named
 
     every = ["data.max_tokens_per_gpu", "model.enable_gradient_checkpointing", "model.lora_rank", "engine.optimizer_offload",
-             "engine.param_offload", "engine.reference_offload", "model.weights_dtype", "data.max_length",
+             "optim.optimizer", "engine.param_offload", "engine.reference_offload", "model.weights_dtype", "data.max_length",
              "engine.ulysses_sequence_parallel_size"]  # fmt: skip
     assert keys() == every
     on = [
         "model.enable_gradient_checkpointing=true",
+        "model.enable_activation_offload=true",
         "model.lora_rank=8",
         "engine.optimizer_offload=true",
         "engine.param_offload=true",
@@ -292,12 +289,18 @@ def test_memory_that_ran_out_says_what_would_fit_nearest_first_and_nothing_that_
         recompute_every=1,
         tokens=4096,
     )
+    linear = replace(adapters, num_linear=6 * 10**9)
+    assert keys(*on, needs=linear)[0] == "model.load_in_4bit"
     assert keys(*on, needs=adapters) == ["data.max_length", "engine.ulysses_sequence_parallel_size"]
     assert keys("data.micro_batch_size_per_gpu=4")[0] == "data.micro_batch_size_per_gpu"
     assert "data.micro_batch_size_per_gpu" not in keys("data.micro_batch_size_per_gpu=4", "data.packing=false")
     assert not [key for key in keys(has_own_memory=False) if "offload" in key]
     assert keys(capacity_gib=20.0)[0] == "model.lora_rank"  # smaller rows would not help
     assert keys(answering=True)[:2] == ["rollout.batch_size", "rollout.max_new_tokens"]
+    gathered = replace(NEEDS, stays_gathered=True)
+    assert keys("engine.reshard_after_forward=false", needs=gathered)[2] == "engine.reshard_after_forward"
+    coded = replace(NEEDS, averages_in_8bit=True)  # which bfloat16 weights leave as they are
+    assert f"weights_dtype=bfloat16: {gib(10.5e9)} less" in str(out_of_memory(coded, compose([], "sft").config, **OOM))
     said = str(out_of_memory(NEEDS, compose([], "sft").config, **OOM))
     assert "(step 3, forward and backward): CUDA out of memory" in said and "used up to 78.2 GiB of 80.0 GiB" in said
     # with 8,192 it were 82.8 GiB
@@ -347,7 +350,7 @@ def test_a_rate_that_is_100_times_too_high_is_told_before_and_after(folder, tiny
 def test_a_refused_resume_names_the_options_that_differ(folder, tiny):
     folder, _ = folder
     said = run(sft(tiny, folder, "sft", model__path=tiny / "model", optim__lr=3e-3, trainer__total_training_steps=60,
-                   data__train_batch_size=8), folder, codes=[2])  # fmt: skip
+                   data__train_batch_size=8), folder, code=2)  # fmt: skip
     assert "was trained on other data or other batches" in said
     assert f"Not as in {folder / 'sft' / 'config.yaml'}: data.train_batch_size=8 (16 before)." in said
 
@@ -408,7 +411,7 @@ def out_of_memory_in_the_second_process(rank, size, arguments):
 
 def test_a_process_whose_memory_ran_out_says_so_though_it_is_not_the_first(folder, tiny):
     folder, _ = folder
-    said = run(sft(tiny, folder, "oom"), folder, 2, [3, 3], out_of_memory_in_the_second_process)
+    said = run(sft(tiny, folder, "oom"), folder, 2, 3, out_of_memory_in_the_second_process)
     assert re.search(
         r"rank 1: \[out-of-memory\] Memory ran out \(step 2, \S.*, rank 1\): CUDA out of memory. Tried", said
     ), said
@@ -432,7 +435,7 @@ def test_a_model_that_does_not_fit_is_told_before_and_when_memory_runs_out(folde
     large = "{hidden_size: 4096, intermediate_size: 131072}"
     said = run(
         sft(tiny, folder, "large", model__path=tiny / "model", model__random_weights="true", model__override_config=large),
-        folder, codes=[3], begin=with_little_memory,
+        folder, code=3, begin=with_little_memory,
     )  # fmt: skip
     assert said.index("[does-not-fit] Weights, gradients and AdamW's averages alone take") < said.index(
         "[out-of-memory]"

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from posttrain.data import sources as reading
 from posttrain.data import workers
 from posttrain.data.audit import chunk, duplicates
-from posttrain.data.audit import clean as cleaning
 from posttrain.data.audit.arithmetic import disagreeing_answer, disagreeing_truth, wrong_calculations
 from posttrain.data.audit.audit import audit
 from posttrain.data.audit.chunk import Checks
@@ -197,7 +197,8 @@ def test_ready_made_tokens_that_the_tokenizer_lacks_are_found_as_training_finds_
 
 @pytest.mark.parametrize("truncation", ["left", "right", "drop"])
 def test_counts_are_those_that_training_has(truncation, tiny, chat, tmp_path):
-    from posttrain.data.tokenized import load_tokenized, truncated
+    from posttrain.data.tokenized import load_tokenized
+    from posttrain.data.truncation import truncated
 
     sources = find_sources([str(tiny / "train.parquet")], "data.train_files")
     whole = load_tokenized(sources, Columns(), chat, str(tmp_path / "cache"))
@@ -239,7 +240,7 @@ def test_turns_without_a_trained_end_and_notes_are_found(write, tiny, chat):
 
 
 def test_rows_that_are_tokens_already_are_counted_and_compared(write, monkeypatch):
-    def tokens(row, columns):
+    def tokens(row, columns, folder):
         return Tokens(np.array(row["ids"], dtype=np.int32), np.array(row["weights"], dtype=np.float32))
 
     monkeypatch.setattr(chunk, "conversation_or_error", tokens)
@@ -288,7 +289,7 @@ def parquet_file(file, rows):
 
 
 def test_cleaning_keeps_schema_order_and_bytes_and_says_what_it_left_out(write, tmp_path, monkeypatch):
-    monkeypatch.setattr(cleaning, "ROWS_A_READ", 2)
+    monkeypatch.setattr(reading, "BYTES_A_READ", 200)
     rows = [
         {"extra": {"i": i, "tags": ["a", None]}, **turns(f"Question {i % 5}?", f"Answer {i % 5}.")} for i in range(7)
     ]
@@ -304,7 +305,9 @@ def test_cleaning_keeps_schema_order_and_bytes_and_says_what_it_left_out(write, 
     table = pq.read_table(tmp_path / "out/rows.parquet")
     assert table.to_pylist() == [rows[i] for i in (0, 1, 4)]
     assert table.schema.equals(pq.read_schema(tmp_path / "rows.parquet"), check_metadata=True)
-    assert pq.ParquetFile(tmp_path / "out/rows.parquet").metadata.row_group(0).column(0).compression == "ZSTD"
+    written = pq.ParquetFile(tmp_path / "out/rows.parquet").metadata
+    assert written.row_group(0).column(0).compression == "ZSTD"
+    assert written.num_row_groups == 3  # never more than a few large rows at a time
     kept = before[1].split(b"\n")
     assert (tmp_path / "out/rows.jsonl").read_bytes().splitlines() == [kept[0], kept[1], kept[5]]
     left_out = [json.loads(line) for line in (tmp_path / "out/left_out.jsonl").read_text().splitlines()]

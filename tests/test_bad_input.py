@@ -141,7 +141,7 @@ def test_notes_on_rows_are_counted_and_said_with_the_first_place(posttrain):
     assert report["notes"] == {kind: 4}
     assert report["examples"][kind][:2] == [f"{rows} row 2: message 0: {kind}", f"{rows} row 2: message 2: {kind}"]
     assert f"noted 4 times, first {rows} row 2: message 0: {kind}" in done.stdout
-    assert "3 of 4 rows in 5 samples, 5 trained turns" in done.stdout and "1 steps of 3 samples" in done.stdout
+    assert "3 of 4 rows in 5 samples, 5 trained turns" in done.stdout and "1 step of 3 samples" in done.stdout
     assert "turn 0 of the history is not [question, answer]" in done.stdout
     for option in ("data.enable_thinking", "data.chat_template_kwargs.tone"):
         assert f"no effect in this run: {option}: the chat template never reads it" in done.stdout

@@ -222,16 +222,15 @@ def limited(rank: int, size: int, arguments: list[str]) -> None:
     """A run whose last process cannot write."""
     if rank == size - 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (TOO_MUCH, resource.RLIM_INFINITY))
-    forked.sft(rank, size, arguments)
+    forked.command(rank, size, arguments)
 
 
 def test_a_run_learns_within_a_few_steps_that_a_process_could_not_write(tiny, tmp_path):
     run = tmp_path / "run"
     arguments = options(tiny, run, trainer__total_training_steps=40, trainer__save_freq=20)
-    group = forked.start(limited, 2, arguments, said=tmp_path / "said")
-    assert group.wait() == [3, 3], group.output()
-    assert re.search(r"checkpoint-20 failed: .*No checkpoint was complete yet", group.output()), group.output()
-    assert "Traceback" not in group.output() and not list(run.glob("*checkpoint-*"))
+    said = forked.run(["sft", *arguments], tmp_path, size=2, code=3, begin=limited)
+    assert re.search(r"checkpoint-20 failed: .*No checkpoint was complete yet", said), said
+    assert not list(run.glob("*checkpoint-*"))
     assert json.loads((run / "run.json").read_text())["status"] == "failed"
     assert 20 <= records(run)[-1]["step"] < 40, "learnt only at the next save"
 

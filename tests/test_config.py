@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from posttrain.config.arguments import DEFAULT_OF_COMMAND, packaged_recipe, recipes
+from posttrain.config.catalog import Page
 from posttrain.config.compose import Resolved, compose
 from posttrain.config.describe import default_of, describe_options, options, sections, type_name
 from posttrain.config.schema import Config
@@ -88,7 +89,7 @@ def test_every_section_says_what_it_is_for():
 
 @pytest.mark.parametrize(("group", "name"), ALL_RECIPES)
 def test_every_packaged_recipe_resolves(group: str, name: str):
-    resolved = compose([f"{group}={name}"], "grpo" if "grpo" in name else None)
+    resolved = compose([f"{group}={name}"], Page(group, name).command)
     origins = set(resolved.origins.values()) - {DEFAULT_OF_COMMAND}
     assert origins == {"default", f"recipe {group}/{name}"} or packaged_recipe(group, name).values == {}
     assert packaged_recipe(group, name).choices == {}
@@ -310,6 +311,14 @@ def test_name_of_a_recipe_alone_suggests_its_group():
     assert problem("gsm8k").endswith("Did you mean data=gsm8k?")
 
 
+def test_file_of_rows_alone_is_told_by_which_option_it_is_given(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.touch()
+    assert problem(str(rows)).endswith(
+        f"A file of rows is data.train_files={rows}; `posttrain data` takes --files {rows} too."
+    )
+
+
 def test_reset_takes_no_value():
     assert "takes no value" in problem("~optim.lr=3")
 
@@ -404,10 +413,10 @@ def test_all_problems_are_told_at_once():
         (["data.packing=false", "data.max_tokens_per_gpu=9"], "data.max_tokens_per_gpu"),
         (["model.gradient_checkpointing_every=2"], "model.gradient_checkpointing_every"),
         (["model.lora_dropout=0.1"], "model.lora_dropout"),
+        (["model.torch_compile=true"], "model.torch_compile"),  # of a command that trains nothing
         (["model.lora_adapter_path=.", "model.lora_rank=8"], "model.lora_rank"),
         (["engine.fsdp_size=1"], "engine.fsdp_size"),
         (["engine.fsdp_size=8", "trainer.n_gpus_per_node=8"], "engine.fsdp_size"),
-        (["engine.reshard_after_forward=false", "trainer.n_gpus_per_node=1"], "engine.reshard_after_forward"),
         (["tools.max_turns=2"], "tools.max_turns"),
         (["data.val_files=v.jsonl", "rollout.val_n=4"], "rollout.val_n"),
         (["data.val_files=v.jsonl", "rollout.val_temperature=1"], "rollout.val_temperature"),
@@ -428,6 +437,8 @@ def test_chosen_option_without_effect_is_told(arguments: list[str], key: str):
         ["rollout.name=vllm", "vllm.python=/opt/vllm/bin/python", "vllm.max_model_len=512"],
         ["model.lora_rank=8", "model.lora_alpha=32"],
         ["trainer.n_gpus_per_node=4", "engine.fsdp_size=2", "engine.reshard_after_forward=false"],
+        # one process gathers too, where it computes in another number format than it keeps: the device decides
+        ["trainer.n_gpus_per_node=1", "engine.reshard_after_forward=false"],
         ["data.val_files=v.jsonl", "trainer.early_stopping_patience=3", "trainer.test_freq=5"],
         ["trainer.logger=[console,wandb]", "trainer.project_name=x"],
         ["tools.functions=[calculator,./a.py:f]", "tools.max_turns=2", "tools.timeout_seconds=1"],

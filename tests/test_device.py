@@ -13,32 +13,38 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from conftest import records
+from conftest import free_port, records
+from pictures import picture
 from posttrain.distributed.device import Device, choose_device, measured_matmul_flops
 from posttrain.errors import InputError
 from test_house import FILES, SOURCE
-from test_processes import free_port
+from tiny_vision import write_tiny_vision_model
 
 # ---- who knows devices
 
 DEVICES = ["cpu", "cuda", "hip", "hpu", "mlu", "mps", "mtia", "musa", "npu", "xla", "xpu"]
 BACKENDS = ["gloo", "nccl", "hccl", "xccl"]
-# a name alone, with its number (cuda:0), or as the value of an option (trainer.device=cpu); sentences are free
-NAMED = re.compile(rf"(.*device=)?({'|'.join(DEVICES + BACKENDS)})(:\d+)?", re.IGNORECASE)
+# a name alone, with its number (cuda:0) or backend, or as the value of an option (trainer.device=cpu); sentences are free
+ONE = rf"({'|'.join(DEVICES + BACKENDS)})(:(\d+|{'|'.join(BACKENDS)}))?"
+NAMED = re.compile(rf"(.*device=)?{ONE}(,{ONE})*", re.IGNORECASE)
+VARIABLE = re.compile(r"[A-Z_]*(VISIBLE_DEVICES|AFFINITY_MASK)|(NCCL|HCCL|ASCEND|CUDA|PYTORCH_(CUDA|NPU))_[A-Z_]+")
+# what starts processes asks which variables a scheduler has set, and imports no torch
+MAY_NAME_VARIABLES = SOURCE / "launch" / "plan.py"
 ATTRIBUTES = {name for device in DEVICES if device != "cpu" for name in (device, f"is_{device}")} | {
     "is_cpu",
     "pin_memory",
 }
 
 
-def names_of_devices(tree: ast.AST) -> list[str]:
+def names_of_devices(tree: ast.AST, variables: bool = True) -> list[str]:
     found = []
     for node in ast.walk(tree):
         match node:
-            case ast.Constant(value=str(text)) if NAMED.fullmatch(text):
+            case ast.Constant(value=str(text)) if NAMED.fullmatch(text) or (variables and VARIABLE.fullmatch(text)):
                 found.append(f"line {node.lineno}: {text!r}")
             case ast.Attribute(attr=name) if name in ATTRIBUTES:
                 found.append(f"line {node.lineno}: .{name}")
@@ -54,13 +60,14 @@ def names_of_devices(tree: ast.AST) -> list[str]:
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
 def test_only_one_file_names_devices(path):
     if path != SOURCE / "distributed" / "device.py":
-        assert names_of_devices(ast.parse(path.read_text())) == []
+        assert names_of_devices(ast.parse(path.read_text()), path != MAY_NAME_VARIABLES) == []
 
 
 @pytest.mark.parametrize(
     "code", ['x.to("cpu")', "x.is_cuda", "torch.cuda.synchronize()", "x.cuda()", "import torch_npu", "x.pin_memory()",
              "from torch import xpu", "import torch.cuda", 'd == "cuda:0"', 'Literal["auto", "npu"]', '"trainer.device=cpu"',
-             "torch.backends.mps", 'init_process_group("nccl")', "DataLoader(rows, pin_memory=True)"],
+             "torch.backends.mps", 'init_process_group("nccl")', "DataLoader(rows, pin_memory=True)",
+             'os.environ["ASCEND_RT_VISIBLE_DEVICES"]', 'E = "CUDA_VISIBLE_DEVICES"', 'd.type == "npu"', "x.npu()", 'f("cpu:gloo,npu:hccl")'],
 )  # fmt: skip
 def test_naming_a_device_is_found(code):
     assert names_of_devices(ast.parse(code))
@@ -162,7 +169,11 @@ class Kitchen:
             )
             for rank in range(processes)
         ]  # fmt: skip
-        said = [process.communicate(timeout=240)[0] for process in started]
+        try:
+            said = [process.communicate(timeout=240)[0] for process in started]
+        finally:
+            for process in started:
+                process.kill()
         assert [process.returncode for process in started] == [0] * processes, "\n".join(said)
         return [json.loads((place / f"report-{rank}.json").read_text()) for rank in range(processes)]
 
@@ -173,22 +184,49 @@ def kitchen(tiny, tmp_path_factory, library) -> Kitchen:
 
 
 @pytest.fixture(scope="module")
-def one_process(kitchen) -> dict:
+def images(tmp_path_factory) -> dict[str, object]:
+    """Options of a run on rows with images, with the averages in 8 bits."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    lines = []
+    for row in range(12):
+        picture(*rng.integers(30, 120, 2), seed=row).save(folder / f"{row}.png")
+        answer = {"role": "assistant", "content": "the circle is red"}
+        messages = [{"role": "user", "content": f"<image>which colour is shape {row}"}, answer]
+        lines.append(json.dumps({"messages": messages, "images": [f"{row}.png"]}))
+    (folder / "rows.jsonl").write_text("\n".join(lines))
+    model = write_tiny_vision_model(folder / "model", "qwen2_5_vl")
+    return {"model__path": model, "data__train_files": folder / "rows.jsonl", "data__val_files": folder / "rows.jsonl",
+            "optim__optimizer": "adamw_8bit", "trainer__num_val_generations": 0}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def one_process(kitchen, images) -> dict:
     """The same fine-tuning on the CPU and, found by itself, on the teapot that torch loaded by its entry point."""
+    more = {"model__enable_gradient_checkpointing": "true", "model__enable_activation_offload": "true",
+            "trainer__num_val_generations": 0}  # fmt: skip
     (report,) = kitchen.run(
-        "teapot", [["cpu", kitchen.options("cpu", "cpu")], ["teapot", kitchen.options("teapot", "auto")]]
+        "teapot",
+        [
+            ["cpu", kitchen.options("cpu", "cpu")],
+            ["teapot", kitchen.options("teapot", "auto")],
+            ["offload", kitchen.options("offload", "auto", **more)],
+            ["adapters-cpu", kitchen.options("adapters-cpu", "cpu", model__lora_rank=4)],
+            ["images-cpu", kitchen.options("images-cpu", "cpu", **images)],
+            ["images", kitchen.options("images", "auto", **images)],
+        ],
     )
     return report
 
 
-def same_numbers(kitchen, run: str) -> bool:
-    expected, found = records(kitchen.folder / "cpu"), records(kitchen.folder / run)
+def same_numbers(kitchen, run: str, as_of: str = "cpu") -> bool:
+    expected, found = records(kitchen.folder / as_of), records(kitchen.folder / run)
     assert len(found) == STEPS
     for step in range(STEPS):
         for name in ("loss", "grad_norm", "num_tokens", "num_trained_tokens"):
             assert found[step][name] == pytest.approx(expected[step][name], rel=1e-4), (step, name)
         assert expected[step]["grad_norm"] > 0.2  # clipping at 0.1 matters
-    validated = records(kitchen.folder / "cpu", "val")[0]["val_loss"]
+    validated = records(kitchen.folder / as_of, "val")[0]["val_loss"]
     assert records(kitchen.folder / run, "val")[0]["val_loss"] == pytest.approx(validated, rel=1e-4)
     return True
 
@@ -209,6 +247,21 @@ def test_a_device_that_torch_loads_by_itself_trains_as_the_cpu_does(kitchen, one
 
 
 @pytest.mark.slow
+def test_inputs_of_blocks_go_to_the_host_and_come_back_without_changing_anything(kitchen, one_process):
+    operators = one_process["operators"]
+    assert operators["a stream of its own"] == 1
+    assert operators["pinned memory"] >= 2 * STEPS  # an input of each of two blocks and more
+    assert same_numbers(kitchen, "offload")
+
+
+@pytest.mark.slow
+def test_images_and_averages_in_8_bits_are_on_the_device_and_give_the_same_numbers(kitchen, one_process):
+    assert one_process["images"]["moments"] == ["teapot:0"]
+    assert one_process["images"]["skipped"] == 1 and one_process["images"]["kept"]
+    assert same_numbers(kitchen, "images", as_of="images-cpu")
+
+
+@pytest.mark.slow
 def test_what_a_device_does_not_tell_is_null_and_what_it_cannot_do_is_said(kitchen, one_process):
     for record in records(kitchen.folder / "teapot"):
         assert record["peak_memory_gib"] is None
@@ -220,14 +273,26 @@ def test_what_a_device_does_not_tell_is_null_and_what_it_cannot_do_is_said(kitch
 
 @pytest.mark.slow
 def test_two_processes_shard_over_a_pretended_ascend_and_equal_the_cpu(kitchen, one_process):
-    """Autoload is off, so that trainer.device=npu must import torch_npu; hccl must be asked for."""
-    reports = kitchen.run("npu", [["npu", kitchen.options("npu", "npu")]], processes=2, autoload=False)
+    """With rows of their own and with shared ones. Autoload is off, so that trainer.device=npu must import torch_npu; hccl must be asked for."""
+    shared = {"engine__ulysses_sequence_parallel_size": 2, "engine__optimizer_offload": "true", "trainer__save_freq": 2}
+    weights = {"engine__param_offload": "true", "model__lora_rank": 4}  # adapters, so that what is written is read back
+    runs = [
+        [name, kitchen.options(name, "npu", **more)]
+        for name, more in (("npu", {}), ("rows", shared), ("weights", weights))
+    ]
+    reports = kitchen.run("npu", runs, processes=2, autoload=False)
     for rank, report in enumerate(reports):
-        assert report["backends_made"] == ["hccl"]
+        assert set(report["backends_made"]) == {"hccl"}
         for kind in ("weights", "gradients", "moments"):
             assert report["npu"][kind] == [f"npu:{rank}"]
-        assert report["npu"]["skipped"] == 1
-        assert report["npu"]["kept"]
+        assert (report["rows"]["weights"], report["rows"]["moments"]) == ([f"npu:{rank}"], ["cpu"])
+        assert (report["weights"]["weights"], report["weights"]["gradients"]) == (["cpu"], ["cpu"])
+        for run in ("npu", "rows", "weights"):
+            assert report[run]["skipped"] == 1
+            assert report[run]["kept"] and report[run]["shared"]
+        assert report["operators"]["c10d::alltoall_base_"] > STEPS
         assert report["operators"]["c10d::_reduce_scatter_base_"] > STEPS
         assert report["operators"]["aten::_fused_adamw_"] >= STEPS
-    assert same_numbers(kitchen, "npu")
+    assert same_numbers(kitchen, "npu") and same_numbers(kitchen, "rows")
+    assert same_numbers(kitchen, "weights", as_of="adapters-cpu")
+    assert (kitchen.folder / "rows" / "checkpoint-2").is_dir()

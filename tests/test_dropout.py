@@ -111,7 +111,6 @@ def test_two_processes_drop_alike_when_they_compute_again(tiny, tmp_path):
             "model.dropout=0.3", "engine.ulysses_sequence_parallel_size=2", "data.train_batch_size=8",
             f"model.enable_gradient_checkpointing={recompute}", f"--dump_gradients={path}",
         ]  # fmt: skip
-        group = forked.start(forked.sft, 2, options, said=tmp_path / "said")
-        assert group.wait() == [0, 0], group.output()
+        forked.run(["sft", *options], tmp_path, size=2)
         found[recompute] = load_file(path)
     assert worst_gap(found[True], found[False]) < 1e-5

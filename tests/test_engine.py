@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, Llama4TextConfig
 
 from posttrain.data.batches import pack
 from posttrain.errors import InputError
@@ -142,6 +143,13 @@ def leaky_lm():
 
     lm.model.layers[1].forward = carrying
     return lm
+
+
+def test_a_model_whose_layers_cannot_be_told_from_its_head_is_refused():
+    shape = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "intermediate_size_mlp": 64, "num_hidden_layers": 1,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 2}  # fmt: skip
+    with pytest.raises(InputError, match="Llama4ForCausalLM: transformers does not tell its layers apart"):
+        make_engine(AutoModelForCausalLM.from_config(Llama4TextConfig(**shape)))
 
 
 def test_a_model_that_carries_state_across_documents_is_refused_unless_unpacked():

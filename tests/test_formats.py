@@ -242,8 +242,8 @@ BAD_ROWS = [  # row, what names its form, kind, what is found
     ({"messages": [user("\ud83d")]}, {}, "not Unicode", "content of message 0 holds half a character pair"),
     ({"messages": [user(["a"])]}, {}, "bad part of a message", "part 0 of message 0 is no object"),
     ({"messages": [user([{"type": "text"}])]}, {}, "bad part of a message", "text of part 0 of message 0 is null"),
-    ({"messages": [user([{"type": "image_url", "image_url": {}}])]}, {}, "images or sound", "'image_url'"),
-    ({"messages": ASKED, "images": ["1.jpg"]}, {}, "images or sound", "column `images`"),
+    ({"messages": [user([{"type": "video_url", "video_url": {}}])]}, {}, "video or sound", "'video_url'"),
+    ({"messages": ASKED, "videos": ["1.mp4"]}, {}, "video or sound", "column `videos`"),
     (with_turn(reasoning_content=["r"]), {}, "reasoning that is no text", "reasoning_content of message 1 is list"),
     ({"messages": [{"role": "tool", "content": "7", "tool_call_id": 1}]}, {}, "tool turn without text", "tool_call_id"),
     (with_turn(tool_calls={"name": "f"}), {}, "bad tool call", "tool_calls of message 1 is dict"),
@@ -355,7 +355,7 @@ REAL_FILES = {
     "reason_tool_use_demo_50.jsonl": (50, 50, set(), 48),
     "sharegpt_dummy.json": (500, 500, set(), 0),
     "tau_bench_airline.jsonl": (100, 100, set(), 0),
-    "mllm/mllm_demo.json": (6, 0, {"images or sound"}, 0),
+    "mllm/mllm_demo.json": (6, 6, set(), 0),
 }
 
 

@@ -10,16 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from conftest import records
+from conftest import free_port, records
 from posttrain.config.compose import compose
 from posttrain.data import workers
 from posttrain.distributed.device import choose_device
 from posttrain.distributed.verdict import Place, Report, blamed, verdict
 from posttrain.distributed.world import World
-from posttrain.loops.slowest import STEPS_BEFORE_SAID, Slowest
+from posttrain.loops.slowest import STEPS_SEEN, Slowest
 from posttrain.loops.training_data import open_training_data
 from posttrain.run.progress import Display
-from test_processes import free_port
 
 FAULTS = Path(__file__).with_name("faults.py")
 
@@ -53,18 +52,29 @@ def test_ranks_that_wait_at_the_same_place_share_a_line():
 
 def test_a_rank_that_stays_slow_is_said_once(capsys):
     slowest = Slowest(Display())
-    for _ in range(3 * STEPS_BEFORE_SAID):
+    for _ in range(3 * STEPS_SEEN):
         assert slowest.of([0.1, 0.5, 0.2], 1.0) == {"slowest_rank": 1, "slowest_rank_lag_seconds": pytest.approx(0.3)}
     said = capsys.readouterr().out
-    assert said.count("rank 1 holds up the others") == 1 and "0.3 s more a step" in said
+    assert said.count("rank 1 holds up the others") == 1
+    assert "in 30 of the last 30 steps it spent about 0.3 s more" in said and "a step takes 1 s" in said
     assert slowest.of([0.1], 1.0) == {}
 
 
-def test_ranks_that_are_slow_in_turn_are_not_said(capsys):
+@pytest.mark.parametrize(("every", "is_said"), [(10, True), (7, False)])
+def test_one_step_in_ten_may_be_an_exception(every, is_said, capsys):
     slowest = Slowest(Display())
-    for step in range(3 * STEPS_BEFORE_SAID):
-        slowest.of([0.5, 0.1] if step % 4 else [0.1, 0.5], 1.0)
-        slowest.of([0.5, 0.49], 1.0)
+    exceptions = [([0.5, 0.4], 1.0), ([0.1, 0.4], 9.0)]  # another rank is the slowest; the whole step stalls
+    for step in range(3 * STEPS_SEEN):
+        slowest.of(*exceptions[step // every % 2] if step % every == 0 else ([0.1, 0.4], 1.0))
+    said = capsys.readouterr().out
+    assert ("in 27 of the last 30 steps it spent about 0.3 s more" in said) == is_said == bool(said)
+
+
+def test_ranks_that_are_slow_in_turn_or_by_little_are_not_said(capsys):
+    in_turn, by_little = Slowest(Display()), Slowest(Display())
+    for step in range(3 * STEPS_SEEN):
+        in_turn.of([0.5, 0.1] if step % 4 else [0.1, 0.5], 1.0)
+        by_little.of([0.5, 0.41], 1.0)
     assert capsys.readouterr().out == ""
 
 
@@ -158,14 +168,14 @@ def test_preparing_rows_shows_its_progress_chunk_by_chunk(tiny, tmp_path, monkey
 
 @pytest.mark.slow
 def test_long_work_that_shows_progress_is_no_hang_and_a_slow_rank_is_measured(posttrain):
-    options = {"trainer__hang_timeout_seconds": 4, "trainer__total_training_steps": 24}
+    options = {"trainer__hang_timeout_seconds": 4, "trainer__total_training_steps": 40}
     with Ranks(posttrain, "is_slow", 2, **options) as ranks:
         said, _ = ranks.ends(0, 0), ranks.ends(1, 0)
     steps = records(ranks.run)
-    assert [step["slowest_rank"] for step in steps] == [1, 1, 0] + [1] * 21
-    assert 8 < steps[2]["slowest_rank_lag_seconds"] < steps[2]["step_seconds"]
+    assert steps[2]["slowest_rank"] == 0 and 8 < steps[2]["slowest_rank_lag_seconds"] < steps[2]["step_seconds"]
+    assert sum(step["slowest_rank"] for step in steps) > 35  # any machine stalls now and then
     lags = sorted(step["slowest_rank_lag_seconds"] for step in steps)
-    assert 0.1 < lags[12] < 0.3
+    assert 0.2 < lags[20] < 0.6
     assert all(step["slowest_rank_lag_seconds"] < step["step_seconds"] for step in steps)
     assert said.count("rank 1 holds up the others") == 1
 

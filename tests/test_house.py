@@ -12,7 +12,7 @@ from posttrain.config.describe import options
 SOURCE = Path(__file__).parents[1] / "src" / "posttrain"
 FLOORS = [
     {"errors", "__init__"},
-    {"config", "records", "python_file"},
+    {"config", "records", "python_file", "wording", "extras"},
     {"losses", "rewards", "data"},
     {"models", "distributed", "run"},
     {"engine", "rollout"},

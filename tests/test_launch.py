@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import Command, records
+from conftest import Command, free_port, records
 from posttrain.cli.begin import resolve
 from posttrain.config.compose import compose
 from posttrain.config.schema import TrainerOptions
@@ -129,12 +128,6 @@ def test_a_run_of_several_machines_is_evaluated_on_this_one(tmp_path):
 
 
 # real processes
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return listener.getsockname()[1]
 
 
 class Node:

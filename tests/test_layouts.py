@@ -7,7 +7,6 @@ runs the same rows in one micro-batch.
 from __future__ import annotations
 
 import os
-import socket
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
@@ -186,27 +185,14 @@ def work(layout: Layout, world: World, models: Path) -> dict:
     return found
 
 
-def worker(rank: int, size: int, port: int, models: Path, results: Path) -> None:
+def worker(rank: int, size: int, models: Path, results: Path) -> None:
     torch.set_num_threads(1)
     for number, layout in enumerate(layouts(size)):
-        os.environ["MASTER_PORT"] = str(port + number)
+        forked.meet_again(number)
         with join_world(choose_device("cpu"), torch.float32, layout.options(models)[1]) as world:
             found = work(layout, world, models)
             if rank == 0:
                 torch.save(found, results / f"{number}.pt")
-
-
-def free_ports(count: int) -> int:
-    """The first of so many neighbouring ports that are free, below those that systems give to outgoing connections."""
-    for first in range(15000 + os.getpid() % 8000, 32000, count):
-        try:
-            for port in range(first, first + count):
-                with socket.socket() as listener:
-                    listener.bind(("localhost", port))
-        except OSError:
-            continue
-        return first
-    raise OSError(f"no {count} neighbouring ports are free")
 
 
 @pytest.mark.slow
@@ -224,7 +210,7 @@ def test_every_layout_computes_what_one_process_computes(size, models, tmp_path)
 
     if size > 1:
         forked.start_server()
-        group = forked.start(worker, size, free_ports(len(layouts(size))), models, tmp_path, said=tmp_path / "said")
+        group = forked.start(worker, size, models, tmp_path, said=tmp_path / "said")
         assert group.wait(600) == [0] * size, group.output()
     problems: list[str] = []
     differences: list[float] = []

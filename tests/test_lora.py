@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PhimoeConfig, Qwen3MoeConfig
 
 import forked
 from conftest import Command, records
@@ -17,7 +17,7 @@ from posttrain.engine.check import check_export, probe
 from posttrain.engine.export import export
 from posttrain.errors import InputError, RunError
 from posttrain.losses.sft import sft_loss
-from tiny import VOCABULARY, alone, packed, random_samples, tiny_lm
+from tiny import SHAPE, VOCABULARY, alone, packed, random_samples, tiny_lm
 
 
 def engine_of(models, seed=0, dtype=torch.float32, **options):
@@ -118,7 +118,7 @@ def test_the_base_is_known_by_its_weights(models, tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"lora_rank": 4, "target_modules": ["lm_head"]}, "lm_head cannot have an adapter"),
+        ({"lora_rank": 4, "target_modules": ["lm_head"]}, r"lm_head cannot have an adapter.*\[q_proj,k_proj"),
         ({"lora_rank": 4, "target_modules": ["embed_tokens"]}, "embed_tokens cannot have an adapter"),
         ({"lora_rank": 4, "target_modules": ["no_such_layer"]}, "no_such_layer"),
         ({"lora_adapter_path": "/nowhere"}, "no adapter of peft"),
@@ -128,6 +128,36 @@ def test_the_base_is_known_by_its_weights(models, tmp_path):
 def test_layers_that_cannot_have_an_adapter_are_refused(models, options, said):
     with pytest.raises(InputError, match=said):
         engine_of(models, **options)
+
+
+@pytest.mark.parametrize("in_4bit", [False, True])
+def test_a_mixture_of_experts_has_adapters_beside_all_its_linear_layers(in_4bit, tmp_path):
+    """Its experts are fused into one tensor, which peft's own all-linear would mean too."""
+    experts = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
+    AutoModelForCausalLM.from_config(Qwen3MoeConfig(**SHAPE, **experts, head_dim=8)).save_pretrained(tmp_path / "qwen2")
+    engine = engine_of(tmp_path, lora_rank=4, load_in_4bit=in_4bit)
+    adapted = {name.split(".lora_")[0].rpartition(".")[2] for name, _ in engine.named_adapter()}
+    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    train(engine)
+    export(engine, NoTokenizer(), tmp_path / "out", torch.float32, [1])
+    check_export(engine, tmp_path / "out", exact=True)
+    merged, base = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("out", "qwen2"))
+    if not in_4bit:
+        by_peft = PeftModel.from_pretrained(base, tmp_path / "out" / "adapter")
+        assert torch.allclose(logprobs(by_peft), logprobs(merged), atol=1e-4)
+
+
+def test_routers_have_no_adapters(tmp_path):
+    """Phi-3.5-MoE's is a linear layer that gives a tuple."""
+    AutoModelForCausalLM.from_config(PhimoeConfig(**SHAPE, num_local_experts=2)).save_pretrained(tmp_path / "qwen2")
+    engine = engine_of(tmp_path, lora_rank=4)
+    assert {name.split(".lora_")[0].rpartition(".")[2] for name, _ in engine.named_adapter()} == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+    }
+    train(engine)
 
 
 def test_an_adapter_of_another_kind_or_for_another_model_is_refused(models, tmp_path):
@@ -149,15 +179,11 @@ def test_an_export_that_is_not_what_was_trained_is_noticed(models, tmp_path):
         check_export(engine, tmp_path / "base given back", exact=True)
 
 
-def lora_run(tiny, folder, size, **options) -> str:
+def lora_run(tiny, folder, size, code=0, **options) -> str:
     """What a run of six steps said; saved after three."""
     given = {"model__lora_rank": 4, "trainer__total_training_steps": 6, "trainer__save_freq": 3, "optim__lr": 1e-2}
     arguments = Command(tiny, folder.parent).sft_options(str(folder), **given | options)
-    said = folder.with_suffix(".txt")
-    group = forked.start(forked.sft, size, arguments, said=said)
-    codes = group.wait()
-    assert set(codes) in ({0}, {2}), group.output()
-    return said.read_text()
+    return forked.run(["sft", *arguments], folder.parent, size, code)
 
 
 @pytest.mark.slow
@@ -177,6 +203,10 @@ def test_a_run_with_adapters_leaves_them_in_every_checkpoint_and_goes_on_beside_
     assert all(torch.allclose(weight, by_peft[name], atol=1e-5) for name, weight in merged.items())
     adapter = load_file(one / "checkpoint-6" / "adapter" / "adapter_model.safetensors")
     assert sum(w.numel() for w in adapter.values()) < sum(w.numel() for w in merged.values()) / 4
+    for model in (tiny / "model", one):  # the base, and a run whose answers would be taken for the adapter's
+        asked = ["evaluate", "--model", model, "--test_file", tiny / "test.parquet"]
+        said = forked.run([*asked, f"model.lora_adapter_path={two}/checkpoint-final/adapter"], tmp_path, code=2)
+        assert f"the one that has it merged, {two}/checkpoint-final, by --model" in said
     size = sum(file.stat().st_size for file in (one / "checkpoint-6").rglob("*"))
     assert size < sum(4 * w.numel() for w in merged.values()) / 3, "frozen weights were saved"
 
@@ -187,6 +217,6 @@ def test_a_run_with_adapters_leaves_them_in_every_checkpoint_and_goes_on_beside_
     save_file(changed, file, metadata={"format": "pt"})
     for name in ("checkpoint-6", "checkpoint-final"):
         shutil.rmtree(one / name)
-    assert "holds an adapter for" in lora_run(tiny, one, 1, model__path=other)
+    assert "holds an adapter for" in lora_run(tiny, one, 1, code=2, model__path=other)
     assert "resumed from" in lora_run(tiny, one, 1)
     assert [r["loss"] for r in records(one)] == losses[0]

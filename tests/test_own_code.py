@@ -34,8 +34,6 @@ def test_a_model_whose_code_needs_values_to_be_made_trains_and_its_memory_is_tol
         f"trainer.default_local_dir={tmp_path / 'run'}", "data.train_batch_size=16", "trainer.total_training_steps=2",
         "model.trust_remote_code=true", "optim.lr=0.5",
     ]  # fmt: skip
-    group = forked.start(forked.sft, 1, options, said=tmp_path / "said")
-    codes, said = group.wait(), group.output()
-    assert codes == [0], said
+    said = forked.run(["sft", *options], tmp_path)
     assert said.count("memory: 852,992 weights, all trained") == 1
     assert "model with 0.853M weights" in said and "finished after 2 steps" in said

@@ -294,6 +294,13 @@ def test_a_chat_set_is_split_the_same_each_time_and_equal_rows_stay_together(tmp
     assert {row["extra_info"]["split"] for row in test} == {"test"}
 
 
+def test_a_row_with_an_image_is_left_out_of_a_chat_set_and_said(tmp_path: Path) -> None:
+    seen = {"instruction": "<image>What?", "output": "A cat.", "images": ["cat.png"]}
+    write_jsonl(tmp_path / "chat.jsonl", [*chat_rows(30), seen])
+    summary = PREPARE["chat"](str(tmp_path / "chat.jsonl"), str(tmp_path / "out"))
+    assert "part of type 'image', and only text is written; train on such rows as they are" in summary["notes"][0]
+
+
 def test_a_chat_set_loses_nothing_that_a_template_sees(tmp_path: Path) -> None:
     arguments = '{"x": null, "y": ["ü"]}'
     rows = [

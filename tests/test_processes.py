@@ -1,7 +1,5 @@
 """How processes agree, and what they do where rows cannot be packed."""
 
-import socket
-
 import pytest
 
 import forked
@@ -26,12 +24,6 @@ def fail():
     raise InputError("only rank 1")
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return listener.getsockname()[1]
-
-
 def test_an_error_of_one_process_is_raised_on_all(tmp_path):
     forked.start_server()
     group = forked.start(agreeing, 3, said=tmp_path / "said")
@@ -46,7 +38,6 @@ def test_unpacked_rows_of_two_processes_give_the_losses_of_packed_ones(tiny, tmp
         options = Command(tiny, tmp_path).sft_options(
             str(run), data__packing=packing, data__train_batch_size=7, trainer__total_training_steps=3
         )
-        group = forked.start(forked.sft, size, options, said=tmp_path / "said")
-        assert group.wait() == [0] * size, group.output()
+        forked.run(["sft", *options], tmp_path, size)
         losses.append([r["loss"] for r in records(run)])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -24,13 +25,15 @@ from posttrain.models.load import find_model, load_tokenizer
 
 HERE = Path(__file__).parent
 SAYS = {
-    "about", "model_type", "billion_weights", "prepare", "command", "gpus", "gpu_gb", "needs", "time", "result", "folder", "stages",
+    "about", "model_type", "billion_weights", "prepare", "command", "gpus", "gpu_gb", "needs", "time", "result", "folder", "stages", "model",
+    "data",
 }  # fmt: skip
 NAMES = {  # what needs no reason: it says what is used or where it lies
     "model.path", "data.train_files", "data.val_files", "data.hub_config", "data.messages_key", "data.prompt_key",
     "data.response_key", "data.tools_key", "trainer.default_local_dir",
 }  # fmt: skip
 JOBS = [page for page in pages() if page.group == "job"]
+SEES = {"gemma3", "idefics3", "llava", "qwen2_5_vl", "qwen3_vl"}  # kinds of models that see images
 
 
 def of(group: str) -> list[str]:
@@ -48,7 +51,7 @@ def test_every_recipe_says_what_it_is_for_and_why(page: Page):
     silent = [key for key, line in page.lines.items() if not line.reason and key not in NAMES]
     assert not silent, f"{page.title} gives no reason for {silent}"
     for told in ("time", "result"):  # nobody ran these here: someone else's figures are said to be that
-        assert "verl" in about.get(told, "verl") or "tutorial" in about[told] or page.name == "tiny-multiturn"
+        assert "verl" in about.get(told, "verl") or "tutorial" in about[told] or page.name.startswith("tiny-")
     if page.group == "model":
         assert {"model_type"} < set(about) and {"model.path", "optim.lr"} <= set(page.lines)
     assert needs_are_numbers(page)
@@ -281,21 +284,9 @@ def _write_architectures(folder: Path, vocabulary: int) -> None:
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32768,
     }  # fmt: skip
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-    eyes = {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "image_size": 28,
-        "patch_size": 14,
-    }
     more = {"qwen3_moe": experts, "gemma2": {"sliding_window": 8}, "gemma3_text": {"sliding_window": 8}}
-    for kind in {page.about["model_type"] for page in pages() if page.group == "model"}:
-        if kind == "gemma3":
-            config = AutoConfig.for_model(kind, text_config=shape, vision_config=eyes)
-        else:
-            config = AutoConfig.for_model(kind, **shape, **more.get(kind, {}))
-        config.save_pretrained(folder / kind)
+    for kind in _kinds(page for page in pages() if page.group == "model") - SEES:
+        AutoConfig.for_model(kind, **shape, **more.get(kind, {})).save_pretrained(folder / kind)
 
 
 def _tiny_arguments(page: Page, home: Path, tiny: Path) -> list[str]:
@@ -306,7 +297,9 @@ def _tiny_arguments(page: Page, home: Path, tiny: Path) -> list[str]:
         "trainer.total_training_steps": 2, "data.train_batch_size": 4, "trainer.device": "cpu", "trainer.save_freq": -1,
         "trainer.val_before_train": False, "data.cache_dir": home / "cache", "trainer.n_gpus_per_node": 1,
     }  # fmt: skip
-    if page.about.get("gpus"):
+    if model in SEES:
+        given |= {"model.path": home / "models" / model, "reward.name": "exact_match"}
+    elif page.about.get("gpus"):
         given |= {
             "model.path": home / "models" / model, "model.random_weights": True, "model.tokenizer_path": tiny / "model",
             "data.chat_template": HERE / "tool_template.jinja",
@@ -318,6 +311,7 @@ def _tiny_arguments(page: Page, home: Path, tiny: Path) -> list[str]:
         }
     if page.command == "grpo":
         given |= {"rollout.n": 2, "rollout.max_new_tokens": 4, "trainer.num_val_generations": 2}
+        given["algorithm.ppo_mini_batch_size"] = 4
     if "model.use_liger" in options():
         given["model.use_liger"] = False  # its kernels want a GPU
     return [page.command, f"job={page.name}", *(f"{key}={value}" for key, value in given.items())]
@@ -343,7 +337,7 @@ def run_all(home: Path, commands: list[list[str]], size: int = 1) -> str:
 
 
 def test_every_job_of_one_process_runs(home, tiny):
-    single = [page for page in JOBS if "stages" not in page.about and not _shares_rows(page)]
+    single = [page for page in JOBS if "stages" not in page.about and not _shares_rows(page) and not _sees(page)]
     run_all(home, [_tiny_arguments(page, home, tiny) for page in single])
     for page in single:
         state = json.loads((home / "checkpoints" / page.name / "run.json").read_text())
@@ -362,11 +356,19 @@ def _shares_rows(page: Page) -> bool:
     return "engine.ulysses_sequence_parallel_size" in merged(page)
 
 
+def _kinds(models: Iterable[Page]) -> set[str]:
+    return {page.about["model_type"] for page in models}
+
+
+def _sees(page: Page) -> bool:
+    return bool(_kinds(part for part in page.parts if part.group == "model") & SEES)
+
+
 def test_architectures_that_no_job_has_learn_too(home, tiny):
-    of_jobs = {part.about["model_type"] for page in JOBS for part in page.parts if part.group == "model"}
-    others = sorted({page.about["model_type"] for page in pages() if page.group == "model"} - of_jobs)
-    assert others == ["gemma2", "gemma3", "gemma3_text", "qwen3_moe"]
-    methods = dict(zip(others, ("full", "lora", "full", "lora"), strict=True))
+    of_jobs = _kinds(part for page in JOBS for part in page.parts if part.group == "model")
+    others = sorted(_kinds(page for page in pages() if page.group == "model") - of_jobs - SEES)
+    assert others == ["gemma2", "gemma3_text", "qwen3_moe"]
+    methods = dict(zip(others, ("full", "full", "lora"), strict=True))
     run_all(home, [[
         "sft", "data=gsm8k-multiturn", f"method=[{method}]", f"model.path={home / 'models' / kind}",
         "model.random_weights=true", f"model.tokenizer_path={tiny / 'model'}", "trainer.device=cpu",
@@ -374,7 +376,58 @@ def test_architectures_that_no_job_has_learn_too(home, tiny):
         "trainer.total_training_steps=2", "trainer.save_freq=-1", "data.train_batch_size=4", "~data.val_files",
     ] for kind, method in methods.items()])  # fmt: skip
     assert len(list((home / "by-kind").glob("*/checkpoint-final/config.json"))) == len(others)
-    assert len(list((home / "by-kind").glob("*/checkpoint-final/adapter"))) == 2
+    assert len(list((home / "by-kind").glob("*/checkpoint-final/adapter"))) == 1
+
+
+SEEN = ["full", "freeze-vision", "lora", "[freeze-vision,checkpointing]", "full"]
+
+
+def test_models_that_see_images_learn_from_them(home, tiny, picture_rows):
+    """One recipe of each kind, with its own settings of the processor, on drawn pictures."""
+    models = {page.about["model_type"]: page.name for page in pages() if page.group == "model"}
+    kinds = sorted(SEES)
+    run_all(home, [[
+        "sft", f"model={models[kind]}", "data=shapes", f"method={method}", f"model.path={home / 'models' / kind}",
+        "trainer.device=cpu", f"data.cache_dir={home / 'cache'}", f"trainer.default_local_dir={home / 'seeing' / kind}",
+        "trainer.total_training_steps=2", "trainer.save_freq=-1", "data.train_batch_size=4", "~data.val_files",
+    ] for kind, method in zip(kinds, SEEN, strict=True)])  # fmt: skip
+    for kind in kinds:
+        state = json.loads((home / "seeing" / kind / "run.json").read_text())
+        assert (state["status"], state["step"]) == ("finished", 2), kind
+        final = home / "seeing" / kind / "checkpoint-final"
+        assert any((final / name).exists() for name in ("processor_config.json", "preprocessor_config.json")), kind
+
+
+def test_every_job_with_images_runs(home, tiny, picture_rows):
+    seeing = [page for page in JOBS if "stages" not in page.about and _sees(page)]
+    run_all(home, [_tiny_arguments(page, home, tiny) for page in seeing])
+    for page in seeing:
+        state = json.loads((home / "checkpoints" / page.name / "run.json").read_text())
+        assert (state["status"], state["step"]) == ("finished", 2), page.name
+
+
+@pytest.fixture(scope="module")
+def picture_rows(home) -> None:
+    """What recipes of images name: drawn pictures, problems with figures, rows of one's own, and a tiny model of each kind."""
+    from PIL import Image
+
+    from posttrain.data.prepare import PREPARE
+    from posttrain.data.prepare.shapes import prepare_shapes
+    from tiny_vision import write_tiny_vision_model
+
+    prepare_shapes(None, str(home / "data" / "shapes"), rows=8)
+    own, figures = home / "data" / "images", home / "figures"
+    for folder in (own, figures):
+        folder.mkdir(parents=True)
+        Image.new("RGB", (40, 30), "red").save(folder / "1.png")
+    talk = [{"role": "user", "content": "<image>Which colour?"}, {"role": "assistant", "content": "red"}]
+    problem = {"problem": "<image>How long is AB?", "answer": "3", "images": ["1.png"]}
+    for split in ("train", "test"):
+        (own / f"{split}.jsonl").write_text((json.dumps({"messages": talk, "images": ["1.png"]}) + "\n") * 4)
+        (figures / f"{split}.jsonl").write_text((json.dumps(problem) + "\n") * 4)
+    PREPARE["geo3k"](str(figures), str(home / "data" / "geo3k"))
+    for kind in SEES:
+        write_tiny_vision_model(home / "models" / kind, kind)
 
 
 def test_sft_then_grpo_runs_end_to_end(home, tiny):

@@ -145,9 +145,7 @@ def test_a_run_leaves_a_copy_of_its_folder(tiny, tmp_path):
     ]  # fmt: skip
 
     def train(url, code=0):
-        group = forked.start(forked.sft, 1, [*options, f"trainer.default_hdfs_dir={url}"], said=tmp_path / "said")
-        assert group.wait() == [code], group.output()
-        return group.output()
+        return forked.run(["sft", *options, f"trainer.default_hdfs_dir={url}"], tmp_path, code=code)
 
     assert "cannot be written" in train("/proc/nowhere", code=2)
     assert f"a copy lies in {copy}" in train(copy)

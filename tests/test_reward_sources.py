@@ -24,6 +24,8 @@ def test_each_row_is_judged_as_its_source_asks():
         (answer("so \\boxed{2}", "\\frac{1}{2}", "lighteval/MATH"), 0.0, Verdict.WRONG),
         (answer("Answer: 34", "34", "math_dapo"), 1.0, Verdict.RIGHT),
         (answer("Answer: 35", "34", "aime2025_x8"), -1.0, Verdict.WRONG),
+        (answer("so \\boxed{0.5}", "1/2", "hiyouga/geometry3k"), 1.0, Verdict.RIGHT),
+        (answer("Red", "red", "shapes"), 1.0, Verdict.RIGHT),
         (answer("#### 7", None, "openai/gsm8k"), None, Verdict.UNKNOWN),
         (answer("#### 7", "7", "my/own"), None, Verdict.UNKNOWN),
         (answer("#### 7", "7", None), None, Verdict.UNKNOWN),
@@ -33,7 +35,7 @@ def test_each_row_is_judged_as_its_source_asks():
     assert [(score.reward, score.verdict) for score in scores] == [(reward, verdict) for _, reward, verdict in asked]
     assert "no reward is known for data_source 'my/own'" in scores[-2].problem
     assert "the row has no data_source" in scores[-1].problem
-    assert {name for name, _ in SOURCES.values()} == {"gsm8k_strict", "math"}
+    assert {name for name, _ in SOURCES.values()} == {"gsm8k_strict", "math", "exact_match"}
 
 
 def test_rows_of_gsm8k_do_without_math_verify(monkeypatch):

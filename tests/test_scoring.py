@@ -44,9 +44,12 @@ def fail():
 def deep():
     return deep()
 
-def napping(data_source, solution_str, ground_truth, extra_info):
-    time.sleep(extra_info["seconds"])
-    return extra_info["number"]
+def meeting(data_source, solution_str, ground_truth, extra_info):
+    number, partner = extra_info["number"], extra_info["partner"]
+    open(f"{beside.PIDS}-{number}", "w").close()
+    while partner is not None and not os.path.exists(f"{beside.PIDS}-{partner}"):
+        time.sleep(0.01)
+    return number
 
 def modules(data_source, solution_str, ground_truth, extra_info):
     return {"score": 1, **{name: name in sys.modules for name in ("torch", "transformers", "pydantic", "posttrain")}}
@@ -92,7 +95,7 @@ RETURNED = [
     ("ctypes.string_at(0)", None, UNKNOWN, "its process was ended by SIGSEGV"),
     ("os.kill(os.getpid(), 9)", None, UNKNOWN, "its process was ended by SIGKILL"),
     ("os.closerange(3, 100)", None, UNKNOWN, "its process"),
-    ("hang()", None, UNKNOWN, "time limit of 1 s"),
+    ("hang()", None, UNKNOWN, "time limit of 4 s"),
     ("1", 1.0, RIGHT, None),
 ]  # fmt: skip
 
@@ -139,12 +142,12 @@ def test_whatever_a_function_does_costs_its_own_answer_alone(own, num_processes,
     own.with_name("pids").unlink(missing_ok=True)
     start = time.monotonic()
     answers = [answered(code) for code, *_ in RETURNED]
-    found = scores(answers, num_processes, path=str(own), timeout_seconds=1)
+    found = scores(answers, num_processes, path=str(own), timeout_seconds=4)
     for score, (code, reward, verdict, problem) in zip(found, RETURNED, strict=True):
         assert (score.reward, score.verdict, score.parts["compute_score"]) == (reward, verdict, reward), (code, score)
         assert (score.problem is None) == (problem is None) == (reward is not None), (code, score)
         assert score.problem is None or score.problem.startswith(f"compute_score: {problem}"), (code, score)
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 60
     with_keys = next(score for score in found if len(score.parts) > 2)
     assert with_keys.parts == {"compute_score": 0.5, "compute_score/acc": 1.0, "compute_score/length": 3.0}
     assert len(pids(own)) == 2 and wait_until(lambda: not any(map(is_alive, pids(own)))), "what hung lives on"
@@ -153,15 +156,14 @@ def test_whatever_a_function_does_costs_its_own_answer_alone(own, num_processes,
 
 
 def test_answers_keep_their_order_and_are_judged_side_by_side(own):
-    answers = [answered(seconds=0.3 if n % 10 == 0 else 0.0, number=n) for n in range(40)]
-    start = time.monotonic()
+    partners = {0: 1, 1: 2, 2: 0, 17: 39, 39: 17}  # judged at the same time, or never
+    answers = [answered(number=n, partner=partners.get(n)) for n in range(40)]
     heard: list[int] = []
-    with open_scorer(RewardOptions(path=str(own), name=["napping"]), 4) as scorer:
+    with open_scorer(RewardOptions(path=str(own), name=["meeting"]), 3) as scorer:
         assert [score.reward for score in scorer.score(answers, heard.append)] == [float(n) for n in range(40)]
         assert [score.reward for score in scorer.score(answers[:3])] == [0.0, 1.0, 2.0]
         assert scorer.score([]) == []
     assert sum(heard) == 40
-    assert time.monotonic() - start < 4 * 0.3 + 5
 
 
 def test_workers_import_neither_torch_nor_the_options(own):
@@ -203,7 +205,7 @@ BROKEN = [
         {"path": "absent.py"},
         ["reward.path=absent.py: there is no such file", "compute_score(data_source, solution_str"],
     ),
-    ({"name": ["grade"]}, ["reward.name=grade", "has no such function", "compute_score", "napping"]),
+    ({"name": ["grade"]}, ["reward.name=grade", "has no such function", "compute_score", "meeting"]),
     ({"name": ["number"]}, ["reward.name=number", "has no such function"]),
     ({"name": ["waiting"]}, ["reward.name=waiting", "is async", "expected a plain function"]),
     ({"name": ["narrow"]}, ["reward.name=narrow", "takes (solution_str)", "Expected (data_source, solution_str"]),
@@ -309,9 +311,9 @@ def test_format_wants_the_last_line_to_be_the_answer_or_the_pattern_that_is_give
     assert [score.reward for score in marked] == [1.0, 0.0]
     thinking = [answered("<think>3+4\nis 7</think>7"), answered("7"), answered("a" * 40 + "!")]
     pattern = r"<think>.*</think>.+|(a+)+b"
-    found = scores(thinking, name=["format"], format_pattern=pattern, timeout_seconds=1)
+    found = scores(thinking, name=["format"], format_pattern=pattern, timeout_seconds=4)
     assert [score.reward for score in found] == [1.0, 0.0, None]
-    assert found[2].problem == "format: time limit of 1 s"
+    assert found[2].problem == "format: time limit of 4 s"
 
 
 def test_cheap_rewards_start_no_process_and_judge_a_megabyte_in_linear_time(monkeypatch):
@@ -322,7 +324,7 @@ def test_cheap_rewards_start_no_process_and_judge_a_megabyte_in_linear_time(monk
     ]
     start = time.monotonic()
     assert len(scores([answered(text) for text in texts], name=names)) == len(texts)
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 60
 
 
 def test_labels_of_real_solutions_agree_with_the_reward_when_told_their_mark(shared_data):
@@ -363,10 +365,10 @@ MATHS = [
 def test_math_compares_expressions_and_knows_what_it_cannot_read():
     pytest.importorskip("math_verify")
     answers = [answered(text, truth) for text, truth, _ in MATHS]
-    found = scores(answers, 2, name=["math"], timeout_seconds=4)
+    found = scores(answers, 2, name=["math"], timeout_seconds=8)
     wrong = [(case, score) for case, score in zip(MATHS, found, strict=True) if score.verdict is not case[2]]
     assert wrong == []
-    assert "math: time limit of 4 s" in [score.problem for score in found]
+    assert "math: time limit of 8 s" in [score.problem for score in found]
     assert all((score.reward is None) == (score.verdict is UNKNOWN) for score in found)
 
 

@@ -67,7 +67,7 @@ def test_a_prompt_is_there_once_and_positions_go_on_behind_it():
 
 def test_groups_that_do_not_fit_are_cut_and_rows_a_micro_batch_are_kept():
     samples = answers(prompts=(20,), group=8)
-    parts = Limits(None, 40, True).micro_batches(samples, alone())
+    parts = [part.documents for part in Limits(None, 40, True).parts(samples, alone())]
     documents = [document for part in parts for document in part]
     assert sorted(i for document in documents for i in document) == list(range(8)) and len(documents) > 1
     assert all(len(micro_batch.ids_T) <= 40 for micro_batch in micro_batches(samples, Limits(None, 40, True), alone()))

@@ -9,7 +9,8 @@ import pytest
 from posttrain.data import workers
 from posttrain.data.formats import Columns
 from posttrain.data.sources import find_sources
-from posttrain.data.tokenized import load_tokenized, truncated
+from posttrain.data.tokenized import load_tokenized
+from posttrain.data.truncation import truncated
 from posttrain.errors import InputError
 from posttrain.loops.training_data import make_chat
 

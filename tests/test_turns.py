@@ -130,7 +130,7 @@ def chat_of(shared_data):
 
 @pytest.fixture(scope="module")
 def qwen(chat_of, tools_file):
-    options = ToolOptions(functions=["calculator", f"{tools_file}:search"], max_answer_tokens=50, timeout_seconds=0.5)
+    options = ToolOptions(functions=["calculator", f"{tools_file}:search"], max_answer_tokens=50, timeout_seconds=2)
     tools = Tools(options, chat_of("Qwen-Qwen2.5-7B-Instruct"))
     yield tools
     tools.close()
@@ -301,7 +301,7 @@ def test_trajectories_go_on_in_lock_step_and_end_alone(qwen):
 
 TOLD = {
     SEARCH % "raise": "Error: KeyError: 'no such page'",
-    SEARCH % "hang": "Error: the tool took longer than 0.5 seconds",
+    SEARCH % "hang": "Error: the tool took longer than 2 seconds",
     SEARCH % "crash": "Error: the tool crashed",
     SEARCH % "half": "?",
     CALCULATE.replace("3+4", "2**99999"): "Error: the numbers are too large",
@@ -329,7 +329,7 @@ def test_a_bad_call_or_tool_is_told_to_the_model_which_may_try_again(qwen):
         assert "<tool_response>\n7\n" in decoded(qwen, completion.segments[3])
     counts = qwen.take_counts()
     assert (counts.failed, counts.timed_out, counts.refused) == (3, 1, 9), counts
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 60
 
 
 def test_a_long_answer_is_cut_and_control_strings_in_it_stay_text(qwen):
@@ -503,7 +503,7 @@ def test_a_real_model_that_calls_nothing_answers_in_one_turn(tiny, plain_chat):
 
 
 def test_a_tool_that_raises_hangs_or_crashes_is_no_trouble_for_the_next_call(tools_file, plain_chat):
-    tools = Tools(ToolOptions(functions=[f"{tools_file}:search"], timeout_seconds=0.3), plain_chat)
+    tools = Tools(ToolOptions(functions=[f"{tools_file}:search"], timeout_seconds=2), plain_chat)
     outcomes = [tools.call("search", {"query": query})[0] for query in ("raise", "hang", "7", "crash", "7")]
     tools.close()
     assert outcomes == [Outcome.FAILED, Outcome.TIMED_OUT, Outcome.ANSWERED, Outcome.FAILED, Outcome.ANSWERED]

@@ -19,6 +19,14 @@ BASE = (
     "algorithm.adv_estimator=grpo data.train_files=gsm8k/train.parquet data.val_files=gsm8k/test.parquet "
     "actor_rollout_ref.model.path=Qwen/Qwen2.5-0.5B-Instruct actor_rollout_ref.rollout.name=vllm actor_rollout_ref.rollout.n=5 "
 )
+GEO3K = (  # what verl's scripts with images have in common
+    "data.train_batch_size=512 data.max_prompt_length=1024 data.max_response_length=2048 data.filter_overlong_prompts=True "
+    "data.truncation='error' data.image_key=images actor_rollout_ref.model.use_fused_kernels=True "
+    "actor_rollout_ref.actor.ppo_mini_batch_size=128 actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=10 "
+    "actor_rollout_ref.actor.use_kl_loss=True actor_rollout_ref.actor.kl_loss_coef=0.01 "
+    "+actor_rollout_ref.rollout.engine_kwargs.vllm.disable_mm_preprocessor_cache=True actor_rollout_ref.actor.use_torch_compile=False "
+    "--config-path=./config --config-name=ppo_trainer.yaml actor_rollout_ref.rollout.enforce_eager=True trainer.use_legacy_worker_impl=disable trainer.device=npu"
+)
 # by what it is for: further arguments, and what posttrain makes of them
 COMMANDS = {
     "nothing but what must be": (
@@ -140,6 +148,26 @@ COMMANDS = {
         "actor_rollout_ref.rollout.multi_turn.tool_config_path=null global_profiler.tool=null trainer.logger=[\\'console\\',file]",
         {"trainer.logger": ["console"]},
     ),
+    "problems with figures": (
+        f"{GEO3K} +actor_rollout_ref.rollout.engine_kwargs.vllm.limit_mm_per_prompt.image=2 data.return_multi_modal_inputs=True",
+        {
+            "data.image_key": "images", "data.train_batch_size": 512, "data.max_prompt_length": 1024, "data.truncation": "drop",
+            "rollout.max_new_tokens": 2048, "algorithm.kl_coef": 0.01, "algorithm.kl_in": "loss", "reward.name": ["data_source"],
+            "model.freeze_vision_tower": False, "algorithm.ppo_mini_batch_size": 128,
+        },
+    ),
+    "problems with figures, the tower frozen": (
+        f"{GEO3K} actor_rollout_ref.actor.freeze_vision_tower=True",
+        {"model.freeze_vision_tower": True, "model.freeze_projector": True},
+    ),
+    "problems with figures, adapters in the language model": (
+        f"{GEO3K} actor_rollout_ref.model.lora_rank=64 actor_rollout_ref.model.lora_alpha=32 "
+        "actor_rollout_ref.model.target_modules=all-linear actor_rollout_ref.model.exclude_modules='.*visual.*'",
+        {"model.lora_rank": 64, "model.lora_vision": False, "data.image_key": "images"},
+    ),
+    "problems with figures, adapters everywhere": (
+        f"{GEO3K} actor_rollout_ref.model.lora_rank=64", {"model.lora_vision": True, "model.freeze_vision_tower": False},
+    ),
     "our names over verl's": (
         "optim.lr_warmup_steps=3 rollout.n=4 algorithm.clip_ratio_high=0.4 trainer.num_val_generations=50 reward.name=math",
         {"optim.lr_warmup_steps": 3, "optim.lr_warmup_steps_ratio": None, "rollout.n": 4, "algorithm.clip_ratio_high": 0.4,
@@ -161,11 +189,13 @@ REFUSED = {
     "algorithm.rollout_correction.bypass_mode=True": "bypass_mode=True",
     "actor_rollout_ref.actor.strategy=megatron": "FSDP2 alone",
     "actor_rollout_ref.actor.megatron.tensor_model_parallel_size=2": "not with Megatron",
-    "actor_rollout_ref.actor.optim.optimizer=SGD": "AdamW alone",
+    "actor_rollout_ref.actor.optim.optimizer=SGD": "found 'SGD' (command line), expected adamw | adamw_8bit",
     "reward_model.enable=True": "not models",
     "reward_model.reward_manager=batch": "judged by itself",
     "reward_model.sandbox_fusion.url=http://x": "no code of answers",
-    "data.image_key=photos": "text alone",
+    "data.video_key=clips": "not from videos",
+    "actor_rollout_ref.rollout.engine_kwargs.vllm.mm_processor_kwargs.max_pixels=9": "model.processor_kwargs sets both",
+    "actor_rollout_ref.model.lora_rank=8 actor_rollout_ref.model.exclude_modules=[lm_head]": "actor_rollout_ref.model.exclude_modules=",
     "data.custom_cls.path=mine.py": "data prepare",
     "data.truncation=middle": "cut at one end",
     "actor_rollout_ref.rollout.multi_turn.enable=True": "docs/tools.md",
@@ -269,22 +299,17 @@ def test_commands_run(tiny, tmp_path):
         f"actor_rollout_ref.model.path={tiny / 'model'} data.train_files={tiny / 'train.parquet'} data.val_files={tiny / 'test.parquet'} "
         f"custom_reward_function.path={tmp_path / 'reward.py'} custom_reward_function.name=judge trainer.project_name=runs "
     )  # fmt: skip
-    groups = {}
+    ran = {}
     for name, (size, more) in RUNS.items():
         folder = tmp_path / name.replace(" ", "-")
         arguments = shlex.split(f"{where}{SHORT}trainer.default_local_dir={folder} {more}")
-        groups[name] = (
-            folder,
-            forked.start(forked.command, size, ["grpo", *arguments], said=tmp_path / f"{folder.name}.said"),
-        )
-        codes = groups[name][1].wait()
-        assert set(codes) == {0}, groups[name][1].output()
-    for name, (folder, group) in groups.items():
+        ran[name] = folder, forked.run(["grpo", *arguments], tmp_path, size)
+    for name, (folder, said) in ran.items():
         rollout = records(folder, "rollout")
         assert [record["step"] for record in rollout] == [1, 2], name
         assert json.loads((folder / "run.json").read_text())["status"] == "finished"
-        assert "read as options of posttrain" in group.output() and "no effect in this run" in group.output()
-    full, lora = (groups[name][0] for name in ("full", "lora"))
+        assert "read as options of posttrain (docs/dialects.md)" in said and "no effect in this run" in said
+    full, lora = (ran[name][0] for name in ("full", "lora"))
     assert [record["step"] for record in records(full, "val")] == [0, 1, 2]
     assert records(full, "rollout")[0]["reward_mean"] > 1, "reward.kwargs were not passed"
     assert 0 <= records(lora, "rollout")[0]["reward_mean"] <= 1 and records(lora, "rollout")[0]["rewards_unknown"] == 0

@@ -149,7 +149,7 @@ COMMANDS: list[tuple[str, dict[str, Any]]] = [
         {"optim.lr_warmup_steps": None, "optim.lr_warmup_steps_ratio": 0.2, "optim.min_lr_ratio": 0.1},
     ),
     (f"{NEW} optim.lr_warmup_steps=10 optim.lr_warmup_steps_ratio=0.2", {"optim.lr_warmup_steps": 10, "optim.lr_warmup_steps_ratio": None}),
-    (f"{NEW} optim.warmup_style=cosine optim.num_cycles=0.5 optim.optimizer=AdamW optim.optimizer_impl=torch.optim", {"optim.lr_scheduler_type": "cosine"}),
+    (f"{NEW} optim.warmup_style=cosine optim.num_cycles=0.5 optim.optimizer=AdamW8bit optim.optimizer_impl=bitsandbytes.optim", {"optim.lr_scheduler_type": "cosine", "optim.optimizer": "adamw_8bit"}),
     (f"{NEW} optim.lr=1e-5 optim.min_lr=1e-6 +optim.override_optimizer_config.eps=1e-6", {"optim.min_lr_ratio": 0.1, "optim.eps": 1e-6}),
     (
         f"{NEW} data.train_max_samples=128 data.enable_thinking_key=enable_thinking ++data.ignore_input_ids_mismatch=true "
@@ -189,6 +189,38 @@ COMMANDS: list[tuple[str, dict[str, Any]]] = [
         {"engine.param_offload": True, "engine.optimizer_offload": True, "model.enable_gradient_checkpointing": True},
     ),
     (f"{OURS} model.dropout=0.1", {"model.dropout": 0.1}),
+    # images
+    (
+        f"{NEW} data.image_key=pictures data.video_key=videos data.image_patch_size=16",
+        {"data.image_key": "pictures", "model.lora_vision": False},
+    ),
+    (f"{NEW} data.image_key=null model.lora_rank=8", {"data.image_key": None, "model.lora_vision": True}),
+    (f"{NEW} model.lora_rank=8 model.exclude_modules='.*visual.*'", {"model.lora_vision": False}),
+    (f"{NEW} model.lora_rank=8 model.exclude_modules='.*(vision_tower|multi_modal_projector).*'", {"model.lora_vision": False}),
+    (f"{NEW} model.lora_rank=8 model.exclude_modules=[]", {"model.lora_vision": True}),
+    (f"{NEW} model.exclude_modules=lm_head", {"model.lora_vision": False, "model.target_modules": ["all-linear"]}),
+    (f"{OLD} model.lora_rank=8", {"model.lora_vision": False}),
+    (
+        f"{OURS} freeze_vision_tower=true freeze_multi_modal_projector=true freeze_language_model=false media_dir=photos "
+        "image_max_pixels=262144 image_min_pixels=1024",
+        {
+            "model.freeze_vision_tower": True, "model.freeze_projector": True, "data.image_dir": "photos",
+            "model.processor_kwargs": {"max_pixels": 262144, "min_pixels": 1024},
+        },
+    ),
+    (f"{OURS} freeze_vit=true freeze_aligner=false data.max_pixels=602112", {"model.freeze_vision_tower": True, "model.freeze_projector": False}),
+    (
+        # verl's example of fine-tuning with images
+        "engine=fsdp optim=fsdp optim.lr=2e-5 optim.lr_warmup_steps_ratio=0.01 optim.weight_decay=0.1 optim.betas=[0.9,0.95] "
+        "optim.clip_grad=1.0 optim.min_lr_ratio=0.1 optim.warmup_style=cosine engine.ulysses_sequence_parallel_size=2 "
+        "engine.strategy=fsdp2 engine.fsdp_size=-1 data.train_files=captions/train.parquet data.train_batch_size=96 "
+        "data.max_length=2048 data.pad_mode=no_padding data.truncation=error data.use_dynamic_bsz=True "
+        "data.max_token_len_per_gpu=65536 model.path=model/Qwen3-VL-2B-Instruct model.use_remove_padding=True "
+        "trainer.test_freq=-1 trainer.save_freq=4000 trainer.logger=['console','wandb'] trainer.total_epochs=10 "
+        "trainer.default_local_dir=runs/captions trainer.resume_mode=auto trainer.max_ckpt_to_keep=5 "
+        "checkpoint.save_contents=[model,optimizer,extra] trainer.n_gpus_per_node=8",
+        {"data.max_tokens_per_gpu": 65536, "engine.ulysses_sequence_parallel_size": 2, "optim.lr": 2e-5, "data.truncation": "error"},
+    ),
 ]  # fmt: skip
 
 
@@ -240,15 +272,19 @@ REFUSED = [
     (f"{NEW} engine.override_transformer_config.recompute_granularity=full", "model.enable_gradient_checkpointing"),
     (f"{NEW} engine.strategy=veomni", "engine.strategy=veomni"),
     (f"{NEW} engine.full_determinism=true", "engine.full_determinism=true"),
-    (f"{NEW} optim.optimizer=Muon", "optim.optimizer=Muon"),
-    (f"{NEW} optim.optimizer_impl=bitsandbytes.optim", "optim.optimizer_impl=bitsandbytes.optim"),
+    (f"{NEW} optim.optimizer=Muon", "optim.optimizer: found 'Muon' (command line), expected adamw | adamw_8bit"),
+    (f"{NEW} optim.optimizer_impl=apex.optim", "optim.optimizer_impl=apex.optim"),
     (f"{NEW} optim.num_cycles=2", "optim.num_cycles=2"),
     (f"{NEW} model.mtp.enable=true", "model.mtp.enable=true"),
     (f"{NEW} data.enable_thinking_key=think", "data.enable_thinking"),
     (f"{NEW} data.pad_mode=diagonal", "data.pad_mode=diagonal"),
     (f"{NEW} checkpoint.load_contents=[model]", "checkpoint.load_contents=['model']"),
     (f"{NEW} engine.dtype=float16", "float16"),
-    (f"{NEW} model.exclude_modules=lm_head", "model.target_modules"),
+    (f"{NEW} model.lora_rank=8 model.exclude_modules=lm_head", "model.target_modules"),
+    (f"{NEW} model.lora_rank=8 model.exclude_modules='.*vision_tower.*'", "together with its projector"),
+    (f"{NEW} model.lora_rank=8 model.exclude_modules='*visual'", "no regular expression"),
+    (f"{NEW} data.video_key=clips", "not from videos"),
+    (f"{OURS} freeze_language_model=true", "freeze_language_model=true"),
     (f"{OLD} data.custom_cls.path=mine.py data.custom_cls.name=Mine", "data.custom_cls.path=mine.py"),
     (f"{OLD} model.external_lib=my.module", "model.external_lib=my.module"),
     (f"{OLD} model.strategy=deepspeed", "model.strategy=deepspeed"),

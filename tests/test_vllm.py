@@ -164,7 +164,7 @@ def test_a_server_is_told_its_options_and_is_nobodys_worker(pretender):
         "model": facts["settings"]["model"], "dtype": "bfloat16", "lora_rank": 0, "sleeps": False,
         "tensor_parallel_size": 1, "gpu_memory_utilization": 0.25, "max_model_len": None, "enforce_eager": None,
     }  # fmt: skip
-    assert facts["environment"]["CUDA_VISIBLE_DEVICES"] == ""
+    assert all(facts["environment"][name] == "" for name in ("CUDA_VISIBLE_DEVICES", "ASCEND_RT_VISIBLE_DEVICES"))
     assert not {"RANK", "TORCHELASTIC_RUN_ID"} & facts["environment"].keys()
 
 

@@ -12,8 +12,12 @@ class RunError(Exception):
     """A run that had begun cannot go on."""
 
 
-class OutOfMemory(RunError):
-    """Memory ran out in this process: the others do not raise it, and lose contact instead."""
+class LocalError(RunError):
+    """What ends this process alone: the others do not raise it, and lose contact instead."""
+
+
+class OutOfMemory(LocalError):
+    """Memory ran out in this process."""
 
 
 class RunStopped(Exception):

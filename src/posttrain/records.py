@@ -9,6 +9,7 @@ Arrays are numpy: data is prepared without torch, and the engine alone knows dev
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,11 +19,27 @@ IGNORED_LABEL = -100
 
 
 @dataclass(frozen=True)
+class ImageSource:
+    """One image, encoded as it came: the bytes of a JPEG, PNG or other file, or the path of one. Exactly one of the two.
+
+    `size` is width and height in pixels, once it has been decoded; from then on, one of another size is another image.
+
+    >>> ImageSource(path="images/1.jpg")
+    """
+
+    path: str | None = None
+    data: bytes | memoryview | None = None
+    size: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
 class Conversation:
     """One row as messages, in OpenAI's form, with what rendering it and judging an answer need.
 
     `messages` hold what the template is to see and nothing else. `weights`, if there are any, has one entry a message: how
     much its tokens count, or None where the run's options decide. `template_kwargs` go to the chat template, over the run's.
+    `images` are those of the parts {"type": "image"} of the messages, in their order. `notes` say what a person should know of
+    how the row was read.
 
     >>> Conversation([{"role": "user", "content": "3+4?"}, {"role": "assistant", "content": "#### 7"}], ground_truth="7")
     """
@@ -34,6 +51,8 @@ class Conversation:
     ground_truth: str | None = None
     data_source: str | None = None
     extra_info: dict[str, Any] = field(default_factory=dict)
+    images: tuple[ImageSource, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,9 +81,15 @@ class Sample:
     weights_T: np.ndarray  # float32
     signals: dict[str, np.ndarray] = field(default_factory=dict)
     prompt_length: int = 0  # untrained tokens at its beginning that it may share with other answers to the same prompt
+    images: tuple[ImageSource, ...] = ()  # whose tokens are among `ids_T`, in their order
 
     def __len__(self) -> int:
         return len(self.ids_T)
+
+
+# of each document of a micro-batch, what the model's processor makes of its images, by the names of the model's arguments
+# (`pixel_values`, `image_grid_thw`); nothing for a document without images
+ImageArrays = tuple[dict[str, np.ndarray], ...]
 
 
 @dataclass(frozen=True)
@@ -85,6 +110,8 @@ class MicroBatch:
     rows_N: tuple[int, ...]  # where each document came from; empty for a filler
     signals: dict[str, np.ndarray] = field(default_factory=dict)  # float32, T each; none in a filler
     branches_N: tuple[tuple[int, ...], ...] = ()  # (tokens,) for a plain document; () where all are plain
+    num_filling: int = 0  # tokens behind the last document that stand for nothing
+    images: Callable[[], ImageArrays] | None = None  # waits until workers have read them; None without images
 
     @property
     def parts(self) -> tuple[int, ...]:
@@ -93,8 +120,8 @@ class MicroBatch:
 
     @property
     def num_tokens(self) -> int:
-        """Real tokens; a filler has none."""
-        return len(self.ids_T) if self.rows_N else 0
+        """Real tokens: those of rows."""
+        return sum(self.lengths_N[: len(self.rows_N)]) - (self.num_filling if self.rows_N else 0)
 
 
 @dataclass(frozen=True)

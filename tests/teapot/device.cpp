@@ -9,6 +9,8 @@
 #include <ATen/native/CPUFallback.h>
 #include <ATen/ops/_reshape_alias_native.h>
 #include <ATen/ops/as_strided_native.h>
+#include <ATen/ops/convolution.h>
+#include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/resize_native.h>
 #include <ATen/ops/set_native.h>
@@ -95,6 +97,10 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   c10::Stream getDefaultStream(c10::Device device) const override {
     return getStream(device);
   }
+  c10::Stream getNewStream(c10::Device device, int) const override {
+    count("a stream of its own");
+    return getStream(device);
+  }
   c10::Stream exchangeStream(c10::Stream stream) const override {
     return getStream(stream.device());
   }
@@ -137,6 +143,7 @@ struct Hooks final : at::PrivateUse1HooksInterface {
     current = index;
   }
   c10::Allocator* getPinnedMemoryAllocator() const override {
+    count("pinned memory");
     return c10::GetCPUAllocator();
   }
   void resizePrivateUse1Bytes(const c10::Storage& storage, size_t size) const override {
@@ -219,6 +226,29 @@ Tensor& set_storage(
       self, std::move(source), offset.expect_int(), C10_AS_INTARRAYREF_SLOW(size), C10_AS_INTARRAYREF_SLOW(stride));
 }
 
+// Convolutions do not reach the fallback: torch asks each device for its own.
+Tensor convolution(
+    const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, c10::SymIntArrayRef stride,
+    c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation, bool transposed, c10::SymIntArrayRef output_padding,
+    c10::SymInt groups) {
+  count("aten::convolution_overrideable");
+  auto hosted = bias ? std::optional<Tensor>(host(*bias)) : std::nullopt;
+  return at::convolution_symint(
+             host(input), host(weight), hosted, stride, padding, dilation, transposed, output_padding, groups)
+      .to(input.device());
+}
+
+std::tuple<Tensor, Tensor, Tensor> convolution_backward(
+    const Tensor& gradient, const Tensor& input, const Tensor& weight, c10::SymIntArrayRef stride,
+    c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation, bool transposed, c10::SymIntArrayRef output_padding,
+    c10::SymInt groups, std::array<bool, 3> wanted) {
+  auto [of_input, of_weight, of_bias] = at::convolution_backward_symint(
+      host(gradient), host(input), host(weight), c10::SymIntArrayRef(gradient.sym_size(1)), stride, padding, dilation,
+      transposed, output_padding, groups, wanted);
+  auto there = [&](const Tensor& found) { return found.defined() ? found.to(input.device()) : found; };
+  return {there(of_input), there(of_weight), there(of_bias)};
+}
+
 bool can_take_the_place(const Tensor& self, const Tensor& from) {
   return like_ascend || self.unsafeGetTensorImpl()->has_compatible_shallow_copy_type(from.key_set());
 }
@@ -288,6 +318,8 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
     return at::native::set_(self, std::move(source));
   });
   m.impl("_has_compatible_shallow_copy_type", can_take_the_place);
+  m.impl("convolution_overrideable", convolution);
+  m.impl("convolution_backward_overrideable", convolution_backward);
   m.impl("set_.source_Tensor", [](Tensor& self, const Tensor& source) -> Tensor& {
     return at::native::set_tensor_(self, source);
   });

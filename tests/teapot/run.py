@@ -35,6 +35,16 @@ def weights(engine: Engine) -> dict[str, Tensor]:
     return {name: local(weight.detach()).cpu().clone() for name, weight in engine.policy.named_parameters()}
 
 
+def shares_memory(engine: Engine) -> bool:
+    """Whether what a checkpoint reads into the engine's state reaches its optimizer."""
+    state = engine.state()["optimizer"]
+    return all(
+        local(state[f"{name}/{key}"]).data_ptr() == moment.data_ptr()
+        for name, moments in engine.optimizer.moments.items()
+        for key, moment in moments.items()
+    )
+
+
 def inspect(engine: Engine, micro_batches) -> dict:
     """Where weights, gradients and moments are, and whether a step whose gradient is not finite moves nothing."""
     engine.forward_backward(micro_batches, sft_loss)
@@ -43,6 +53,7 @@ def inspect(engine: Engine, micro_batches) -> dict:
         "weights": devices(engine.policy.parameters()),
         "gradients": devices(gradients(engine)),
         "moments": devices(t for name, t in engine.state()["optimizer"].items() if not name.endswith("/step")),
+        "shared": shares_memory(engine),
     }
     for gradient in gradients(engine):
         local(gradient).fill_(float("nan"))
@@ -77,7 +88,9 @@ def observed(train: Callable, found: dict) -> Callable:
 def main(folder: Path, runs: list[tuple[str, list[str]]]) -> None:
     report: dict = {}
     train = loop.train
-    for name, options in runs:
+    for number, (name, options) in enumerate(runs):
+        # as torchrun counts its restarts: the store still holds the addresses of the run before
+        os.environ.update(GROUP_WORLD_SIZE="1", TORCHELASTIC_RESTART_COUNT=str(number))
         report[name] = {}
         loop.train = observed(train, report[name])
         resolved = compose(options)

@@ -34,7 +34,8 @@ from posttrain.cli.begin import (
 )
 from posttrain.cli.data import data_app
 from posttrain.cli.recipes import recipes_app
-from posttrain.errors import InputError, OutOfMemory, RunError, RunStopped
+from posttrain.errors import InputError, LocalError, RunError, RunStopped
+from posttrain.wording import counted
 
 if TYPE_CHECKING:
     from posttrain.config.compose import Resolved
@@ -189,7 +190,6 @@ def generate(
         raise InputError("What shall it answer? Give --prompts FILE with the rows to answer.")
     if hand_to_processes(resolved):
         return
-    from posttrain.data.formats import prompt_of
     from posttrain.loops.evaluate import generate as run
     from posttrain.run.folder import RunFolder
 
@@ -202,11 +202,8 @@ def generate(
     answers = run(resolved.config, files, output, num_samples)
     if is_main():
         for answer in answers[:show]:
-            asked = prompt_of(answer.conversation.messages)[-1:]
-            print(
-                f"--- {asked[0].get('content') if asked else '(no question)'}\n{answer.completion.text}  [{answer.verdict}]"
-            )
-        print(f"{len(answers)} samples: {output}")
+            print(f"--- {answer.question or '(no question)'}\n{answer.completion.text}  [{answer.verdict}]")
+        print(f"{counted(len(answers), 'sample')}: {output}")
 
 
 @app.command()
@@ -252,7 +249,7 @@ def _exit_code(command: Callable[[], object]) -> int:
     try:
         result = command()
         return result if isinstance(result, int) else 0
-    except OutOfMemory as error:
+    except LocalError as error:
         if not _tell_launcher(error):
             _complain(error, of_any_rank=True)
         return 3

@@ -39,7 +39,7 @@ Help = Annotated[bool, typer.Option("--help", is_eager=True, help="Show this and
 # of a run's saved options, those that say where and how it trained, not what it made
 OF_TRAINING = (
     "trainer.nnodes", "trainer.rdzv_endpoint", "trainer.max_restarts", "rollout.name", "rollout.n", "rollout.temperature",
-    "rollout.top_p", "rollout.top_k",
+    "rollout.top_p", "rollout.top_k", "model.lora_adapter_path",
 )  # fmt: skip
 
 
@@ -61,7 +61,7 @@ def resolve(
     flags = [f"{key}={_quoted(value)}" for key, value in given.items() if value is not None]
     if run:  # its export holds weights, tokenizer and template, whatever it began from
         flags += ["~model.random_weights", "~model.override_config", "~model.tokenizer_path", "~model.revision"]
-        flags += ["~data.chat_template", "~model.lora_rank", "~model.lora_adapter_path"]
+        flags += ["~data.chat_template", "~model.lora_rank", "~model.load_in_4bit"]
     here = [f"~{option}" for option in OF_TRAINING] if run else []
     return compose([*saved, *here, *(options or []), *flags], command)
 
@@ -79,7 +79,7 @@ def of_hydra(config_path: str | None, config_name: str | None) -> list[str]:
 
 def _quoted(value: str) -> str:
     """The flag's value in Hydra's grammar; a template stands as it is."""
-    from posttrain.config.schema import is_template
+    from posttrain.config.values import is_template
 
     return value if is_template(value) else repr(value)
 
@@ -162,7 +162,7 @@ def say_resolved(resolved: Resolved, given_here: bool = False) -> None:
     if not is_main():
         return
     if told := translations(resolved):
-        print("\n  ".join(["read as options of posttrain (docs/moving_from_verl.md):", *told]), file=sys.stderr)
+        print("\n  ".join(["read as options of posttrain (docs/dialects.md):", *told]), file=sys.stderr)
     for ignored in resolved.ignored:
         if not given_here or resolved.origins.get(ignored["key"], COMMAND_LINE) == COMMAND_LINE:
             print(f"no effect in this run: {ignored['key']}: {ignored['reason']}", file=sys.stderr)

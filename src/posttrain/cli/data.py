@@ -10,6 +10,7 @@ import typer
 
 from posttrain.cli.begin import Overrides, print_json, resolve
 from posttrain.errors import InputError
+from posttrain.wording import counted
 
 if TYPE_CHECKING:
     from posttrain.config.schema import Config
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def _path(text: str) -> Path:
-    from posttrain.config.schema import expand_path
+    from posttrain.config.values import expand_path
 
     return Path(expand_path(text))
 
@@ -39,7 +40,9 @@ data_app = typer.Typer(help="Prepare data, and look at it as it will be trained.
 def data_prepare(
     name: Annotated[
         str,
-        typer.Argument(help="gsm8k, gsm8k_multiturn_sft, multiturn, retool, hellaswag, math, or chat for your own."),
+        typer.Argument(
+            help="gsm8k, gsm8k_multiturn_sft, multiturn, retool, hellaswag, math, geo3k, shapes, or chat for your own."
+        ),
     ],
     local_save_dir: Annotated[str, typer.Option("--local_save_dir", help="Where train.parquet and test.parquet go.")],
     local_dataset_path: Annotated[
@@ -49,17 +52,33 @@ def data_prepare(
         str | None,
         typer.Option("--hdfs_dir", help="Folder or URL (hdfs://, s3://, ...) that gets copies of the files."),
     ] = None,
+    difficulty: Annotated[
+        str | None,
+        typer.Option("--difficulty", help="Of shapes: easy (one circle, its colour) or hard. Not given: easy."),
+    ] = None,
+    rows: Annotated[
+        int | None, typer.Option("--rows", help="Of shapes: how many to train on. Not given: 4000.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="Of shapes: what they are drawn from. Not given: 0.")
+    ] = None,
 ) -> None:
     """Turn a data set into parquet files for training and evaluation."""
     from posttrain.data.prepare import PREPARE
 
     if name not in PREPARE:
         raise InputError(f"There is no preparation for '{name}'; there is {', '.join(PREPARE)}.")
-    summary = PREPARE[name](local_dataset_path, local_save_dir, hdfs_dir)
+    drawing = {"difficulty": difficulty, "rows": rows, "seed": seed}
+    drawing = {option: value for option, value in drawing.items() if value is not None}
+    if drawing and name != "shapes":
+        raise InputError(
+            f"--{next(iter(drawing))} is for shapes, which are drawn; {name} is taken as it is. Leave it out."
+        )
+    summary = PREPARE[name](local_dataset_path, local_save_dir, hdfs_dir, **drawing)
     for note in summary.pop("notes"):
         print(note)
     for split, made in summary.items():
-        print(f"{split}: {made['rows']:,} rows from {', '.join(made['sources'])} -> {made['file']}")
+        print(f"{split}: {counted(made['rows'], 'row')} from {', '.join(made['sources'])} -> {made['file']}")
 
 
 @data_app.command("show")
@@ -178,8 +197,10 @@ def data_clean(
         print_json(told)
         return
     _print_report(told, as_json)
-    print(f"\nleft out {told['rows_left_out']:,} rows ({', '.join(kinds)}): {output / LEFT_OUT}")
-    print(f"written {told['rows_written']:,} rows: {', '.join(told['written'])}")
+    print(f"\nleft out {counted(told['rows_left_out'], 'row')} ({', '.join(kinds)}): {output / LEFT_OUT}")
+    print(f"written {counted(told['rows_written'], 'row')}: {', '.join(told['written'])}")
+    for folder in told["image_dirs"]:
+        print(f"images that rows name by relative paths stay where they are: train with data.image_dir={folder}")
 
 
 def _resolved(

@@ -11,7 +11,7 @@ import yaml
 
 from posttrain.config.catalog import ABOUT, RECIPES
 from posttrain.config.describe import options, sections
-from posttrain.config.schema import expand_path, is_template
+from posttrain.config.values import expand_path, is_template
 from posttrain.errors import InputError
 
 # the groups of recipes that are not named after a section: a job is a file that chooses the others
@@ -218,6 +218,8 @@ def wrong_choice(origin: str, entry: object) -> InputError:
 
 
 def _meant(word: str) -> str:
+    if Path(expand_path(word)).exists():
+        return f" A file of rows is data.train_files={word}; `posttrain data` takes --files {word} too."
     names = {name: f"{group}={name}" for group, known in recipes().items() for name in known}
     near = difflib.get_close_matches(word, names, n=1)
     return f" Did you mean {names[near[0]]}?" if near else ""

@@ -9,6 +9,7 @@ A recipe is a YAML file of options; a comment beside an option is its reason. Wh
     gpus, gpu_gb     what a job is laid out for
     needs, time, result                further needs; time and result only where they were measured or published, with the source
     folder, stages   of a job of several commands
+    model, data      beside which a recipe is shown, where not beside qwen2.5-0.5b and gsm8k
 
 This file imports neither the options' schema nor Hydra, so that a list is there at once.
 """
@@ -106,13 +107,14 @@ def find_page(name: str) -> Page:
 
 def run_command(page: Page) -> str:
     """A command that uses the recipe."""
+    model, data = page.about.get("model", "qwen2.5-0.5b"), page.about.get("data", "gsm8k")
     match page.group:
         case "model":
-            return f"posttrain sft model={page.name} data=gsm8k"
+            return f"posttrain sft model={page.name} data={data}"
         case "data":
-            return f"posttrain sft model=qwen2.5-0.5b data={page.name}"
+            return f"posttrain {page.command} model={model} data={page.name}"
         case "method":
-            return f"posttrain {page.command} model=qwen2.5-0.5b data=gsm8k method={page.name}"
+            return f"posttrain {page.command} model={model} data={data} method={page.name}"
         case _:
             return (
                 f"posttrain recipes run {page.name}"

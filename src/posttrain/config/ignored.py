@@ -42,7 +42,7 @@ def _without_effect(config: Config, command: str | None) -> Iterator[tuple[str, 
             "tools.functions",
             "answers of validation during fine-tuning call no tools; `posttrain grpo` and `evaluate` do",
         )
-    yield from _of_model_and_data(config)
+    yield from _of_model_and_data(config, command)
     yield from _of_adapters(config)
     yield from _of_layout(config)
     yield from _of_optim(config)
@@ -116,8 +116,6 @@ def _of_layout(config: Config) -> Iterator[tuple[str, str]]:
             "engine.fsdp_size",
             "there is one process" if processes == 1 else f"all {processes} processes share one copy anyway",
         )
-    if processes == 1:
-        yield "engine.reshard_after_forward", "there is one process, which holds all weights anyway"
 
 
 def _of_adapters(config: Config) -> Iterator[tuple[str, str]]:
@@ -126,18 +124,29 @@ def _of_adapters(config: Config) -> Iterator[tuple[str, str]]:
     if model.lora_adapter_path:
         for option in shape:
             yield f"model.{option}", "the adapter of model.lora_adapter_path brings its own"
+        yield "model.lora_vision", "the adapter of model.lora_adapter_path stands where it stands"
     elif not model.lora_rank:
-        for option in shape[1:]:
+        for option in (*shape[1:], "lora_vision"):
             yield f"model.{option}", "model.lora_rank is 0, so there is no adapter"
+    if model.lora_rank or model.lora_adapter_path:
+        for option in ("freeze_vision_tower", "freeze_projector"):
+            yield f"model.{option}", "with adapters all of the model's own weights stay as they are"
 
 
-def _of_model_and_data(config: Config) -> Iterator[tuple[str, str]]:
+def _of_model_and_data(config: Config, command: str | None) -> Iterator[tuple[str, str]]:
     model, data = config.model, config.data
     if not data.packing:
         for option in ("micro_batch_size_per_gpu", "max_tokens_per_gpu"):
             yield f"data.{option}", "data.packing=false runs rows one by one"
+    if command is None:
+        for option in ("load_in_4bit", "torch_compile", "use_liger"):
+            yield f"model.{option}", "answers are written by the model as it is"
     if not model.enable_gradient_checkpointing:
         yield "model.gradient_checkpointing_every", "model.enable_gradient_checkpointing is false"
+        yield (
+            "model.enable_activation_offload",
+            "model.enable_gradient_checkpointing is false, and only the inputs of recomputed blocks are kept in CPU memory",
+        )
     if model.path and Path(model.path).is_dir():
         yield "model.revision", "model.path is a folder, and folders have no revisions"
     yield from _of_forms(data)

@@ -5,13 +5,9 @@ The sentence below a field is what `posttrain sft --help` prints. Names follow v
 
 from __future__ import annotations
 
-import datetime
 import difflib
-import os
-import re
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -25,108 +21,25 @@ from pydantic import (
     model_validator,
 )
 
-# what rendering itself gives a template, and what apply_chat_template takes for itself
-RESERVED_KWARGS = (
-    "self", "conversation", "messages", "tools", "add_generation_prompt", "chat_template", "tokenize", "tokenizer_kwargs",
-    "continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict",
-    "return_assistant_tokens_mask", "sanitize_control_tokens",
-)  # fmt: skip
+from posttrain.config.values import (
+    DeviceList,
+    Endpoint,
+    Frequency,
+    LocalFolder,
+    NumberList,
+    PathList,
+    PathText,
+    Share,
+    TemplateText,
+    TextList,
+    as_list,
+    checked_date,
+    checked_kwargs,
+    checked_pattern,
+    unquoted,
+)
 
-BUILT_IN_REWARDS = ("gsm8k_strict", "gsm8k_flexible", "math", "data_source", "format", "length")
-
-
-def expand_path(path: str) -> str:
-    """The path with `~` and `$VAR` replaced; hub names and URLs pass unchanged."""
-    return os.path.expandvars(os.path.expanduser(path))
-
-
-def _checked_path(path: str) -> str:
-    expanded = expand_path(path)
-    if not expanded:
-        raise ValueError(f"{path!r} is an empty path")
-    return expanded
-
-
-def is_template(text: str) -> bool:
-    """Whether it is a Jinja template itself, not the path of one."""
-    return "{%" in text or "{{" in text
-
-
-def _checked_template(text: str) -> str:
-    return text if is_template(text) else _checked_path(text)
-
-
-def _checked_local_folder(path: str) -> str:
-    if "://" in path:
-        raise ValueError(
-            f"{path!r} is not a folder of this machine, where a run writes; give such a folder, and "
-            f"trainer.default_hdfs_dir={path}, which then gets a copy of it"
-        )
-    return _checked_path(path)
-
-
-def _as_list(value: Any) -> Any:
-    """One value as a list of it, and a list whose quotes the shell left in place, such as "['a','b']", as a list."""
-    if value is None:
-        return []
-    value = _unquoted(value)
-    return [value] if isinstance(value, str | int | float) else value
-
-
-def _unquoted(value: Any) -> Any:
-    if not (isinstance(value, str) and value.strip().startswith("[") and value.strip().endswith("]")):
-        return value
-    try:
-        return yaml.load(value, yaml.BaseLoader)  # its items as text, of which pydantic makes what is asked for
-    except yaml.YAMLError:
-        return value
-
-
-def _valid_frequency(value: Any) -> Any:
-    text = str(value).strip()
-    if not re.fullmatch(r"-1|[1-9]\d*(ep)?", text):
-        raise ValueError("expected a number of steps such as 100, epochs such as 2ep, or -1 for never")
-    return text if text.endswith("ep") else int(text)
-
-
-def _checked_endpoint(endpoint: str) -> str:
-    host, _, port = endpoint.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise ValueError(f"{endpoint!r} is not HOST:PORT, such as node1:29500")
-    return endpoint
-
-
-def _checked_date(text: str) -> str:
-    try:
-        return datetime.date.fromisoformat(text).isoformat()
-    except ValueError:
-        raise ValueError(f"{text!r} is not a day, such as 2026-01-31") from None
-
-
-def _checked_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
-    if reserved := [key for key in RESERVED_KWARGS if key in kwargs]:
-        raise ValueError(f"it sets {reserved[0]}, which rendering itself gives a template")
-    return kwargs
-
-
-def _checked_pattern(pattern: str) -> str:
-    try:
-        re.compile(pattern, re.DOTALL)
-    except re.error as error:
-        raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
-    return pattern
-
-
-PathText = Annotated[str, AfterValidator(_checked_path)]
-TemplateText = Annotated[str, AfterValidator(_checked_template)]
-LocalFolder = Annotated[str, AfterValidator(_checked_local_folder)]
-PathList = Annotated[list[PathText], BeforeValidator(_as_list)]
-TextList = Annotated[list[str], BeforeValidator(_as_list)]
-NumberList = Annotated[list[float], BeforeValidator(_as_list)]
-DeviceList = Annotated[list[NonNegativeInt], BeforeValidator(_as_list)]
-Frequency = Annotated[int | str, BeforeValidator(_valid_frequency)]
-Endpoint = Annotated[str, AfterValidator(_checked_endpoint)]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
+BUILT_IN_REWARDS = ("gsm8k_strict", "gsm8k_flexible", "math", "exact_match", "data_source", "format", "length")
 
 
 class Section(BaseModel):
@@ -166,6 +79,9 @@ class ModelOptions(Section):
     fraction of the activation memory."""
     gradient_checkpointing_every: PositiveInt = 1
     """Compute every so many blocks again instead of all: 2 costs half the time and saves half the memory."""
+    enable_activation_offload: bool = False
+    """Keep the inputs of recomputed blocks in CPU memory until the backward pass, copied while the device computes: the same
+    result; with `model.enable_gradient_checkpointing`, for long rows."""
     torch_compile: bool = False
     """Compile each block once, by torch.compile, for rows of any length: faster steps after a slow first one."""
     use_liger: bool = False
@@ -184,8 +100,29 @@ class ModelOptions(Section):
     layer."""
     lora_adapter_path: PathText | None = None
     """Adapter folder of peft to go on from; its rank, alpha and layers are used."""
+    load_in_4bit: bool = False
+    """Keep the frozen linear layers of the language model's blocks in 4 bits (Dettmers et al. 2023, QLoRA): a quarter of bfloat16's
+    memory, slower steps. Needs adapters; exports are full models whose weights are those that were trained beside."""
+    processor_kwargs: dict[str, Any] = {}
+    """What the model's processor of images is given besides its own settings, such as `{max_pixels: 602112}`; saved with the
+    model, so that it sees images in use as it saw them in training."""
+    freeze_vision_tower: bool = False
+    """Leave the weights that turn pixels into features as they are."""
+    freeze_projector: bool = False
+    """Leave the weights that bring image features into the language model as they are."""
+    lora_vision: bool = False
+    """Give the vision tower and its projector LoRA adapters too; else the language model alone has them."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model; say yes only to authors that you trust."""
+
+    @model_validator(mode="after")
+    def _four_bits_are_frozen(self) -> ModelOptions:
+        if self.load_in_4bit and not (self.lora_rank or self.lora_adapter_path):
+            raise ValueError(
+                "model.load_in_4bit freezes the model's linear layers, and nothing is trained beside them; give model.lora_rank=16, "
+                "or leave it out"
+            )
+        return self
 
 
 class DataOptions(Section):
@@ -217,22 +154,26 @@ class DataOptions(Section):
     """Form of the rows; `auto` knows it by their columns. docs/data.md shows a row of each."""
     tools_key: str | None = None
     """Column with the tools, as a list or as JSON text of one; dots reach into structs. Not given: `tools`."""
+    image_key: str | None = None
+    """Column with the images of a row, in the order of their marks; dots reach into structs. Not given: `images` or `image`."""
+    image_dir: PathText | None = None
+    """Folder from which relative paths of images begin. Not given: that of the file which names them."""
     system_prompt: str | None = None
     """Text put in front as a system message where a row has none."""
     chat_template: TemplateText | None = None
     """The chat template to use instead of the tokenizer's own, as a file or as the Jinja text itself, which has {% or {{ in it; it
     is saved with the model."""
-    chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_checked_kwargs)] = {}
+    chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(checked_kwargs)] = {}
     """What the chat template is given besides messages and tools; a row's own `chat_template_kwargs` come first."""
     enable_thinking: bool | None = None
     """Whether templates that know `enable_thinking` let the model think: true, false, or null, which leaves it to the
     template. A row's own `enable_thinking` comes first."""
-    date: Annotated[str, AfterValidator(_checked_date)] | None = None
+    date: Annotated[str, AfterValidator(checked_date)] | None = None
     """The day that templates print which print one, as 2026-01-31. Not given: the day the run began; resuming keeps it."""
     train_on: Literal["all", "last"] = "all"
     """Which turns of `data.train_roles` are trained: all of a conversation or its last. A message's own `train`, `loss_mask`
     or `weight` comes first."""
-    train_roles: Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)] = ["assistant"]
+    train_roles: Annotated[list[str], BeforeValidator(as_list), Field(min_length=1)] = ["assistant"]
     """Whose turns are trained."""
     train_reasoning: bool = True
     """Train the reasoning before an answer too; `false` leaves it as context."""
@@ -295,9 +236,12 @@ class EngineOptions(Section):
 class OptimOptions(Section):
     """How the weights move: AdamW, with decay on matrices only."""
 
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """adamw_8bit keeps AdamW's averages in 8 bits each (Dettmers et al. 2022): 2 bytes a trained weight instead of 8, slower steps,
+    nearly the same result."""
     lr: PositiveFloat = 1e-5
     """Highest learning rate."""
-    betas: Annotated[tuple[Share, Share], BeforeValidator(_unquoted)] = (0.9, 0.95)
+    betas: Annotated[tuple[Share, Share], BeforeValidator(unquoted)] = (0.9, 0.95)
     """Decay of AdamW's averages of the gradient and of its square."""
     eps: PositiveFloat = 1e-8
     """AdamW's guard against division by zero."""
@@ -359,7 +303,7 @@ class VLLMOptions(Section):
     python: PathText | None = None
     """Interpreter that has vLLM, in an environment of its own if need be. Not given: the one that runs posttrain."""
     devices: DeviceList = []
-    """Devices of the servers, by the numbers of CUDA_VISIBLE_DEVICES; each process of a machine takes
+    """Devices of the servers, by their numbers on the machine; each process of a machine takes
     `vllm.tensor_parallel_size` of them for its server. Not given: the process's own device, where trainer and server take turns."""
     tensor_parallel_size: PositiveInt = 1
     """Devices that share each layer of a server's model."""
@@ -379,8 +323,8 @@ class RewardOptions(Section):
     """How an answer is judged. docs/rewards.md defines each reward."""
 
     name: TextList = []
-    """One reward or several, whose weighted sum counts: gsm8k_strict, gsm8k_flexible, math, data_source, format, length, or
-    functions of `reward.path`. Not given: gsm8k_strict, or compute_score where there is a `reward.path`."""
+    """One reward or several, whose weighted sum counts: gsm8k_strict, gsm8k_flexible, math, exact_match, data_source, format,
+    length, or functions of `reward.path`. Not given: gsm8k_strict, or compute_score where there is a `reward.path`."""
     weights: NumberList = []
     """What each of `reward.name` is multiplied by, in their order. Not given: 1 each."""
     path: PathText | None = None
@@ -392,7 +336,7 @@ class RewardOptions(Section):
     """An answer is right if a reward that only gives numbers gives at least this."""
     answer_mark: Annotated[str, Field(min_length=1)] = "####"
     """What stands before the number in an answer that gsm8k_strict can read."""
-    format_pattern: Annotated[str, AfterValidator(_checked_pattern)] | None = None
+    format_pattern: Annotated[str, AfterValidator(checked_pattern)] | None = None
     """Regular expression that `format` wants the whole answer to match; a dot matches line ends too. Not given: the last line
     is `reward.answer_mark` and a number."""
     length_target: PositiveInt = 256

@@ -14,6 +14,7 @@ import numpy as np
 
 from posttrain.errors import InputError
 from posttrain.records import IGNORED_LABEL, MicroBatch, Sample
+from posttrain.wording import counted
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def plan_steps(
     """The schedule of a run. Raises InputError where one batch would need more rows than there are."""
     if batch_size > num_rows:
         raise InputError(
-            f"data.train_batch_size={batch_size} is more than the {num_rows} rows that can be used. "
+            f"data.train_batch_size={batch_size} is more than the {counted(num_rows, 'row')} that can be used. "
             f"Set data.train_batch_size={num_rows} or less, or add rows."
         )
     num_steps = total_steps if total_steps is not None else total_epochs * math.ceil(num_rows / batch_size)

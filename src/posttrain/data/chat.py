@@ -6,11 +6,11 @@ from (`posttrain.data.provenance`); what cannot be shown is refused with the rea
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -18,9 +18,12 @@ import numpy as np
 
 from posttrain.config.schema import DataOptions
 from posttrain.data.controls import ControlStrings
-from posttrain.data.encoded import NO_MESSAGE, Encoded, Part, Turn
+from posttrain.data.encoded import NO_MESSAGE, Encoded, EncodedImage, Part, Turn
 from posttrain.data.formats import RowError, prompt_of
+from posttrain.data.images.expansion import Expanded, MarkExpander, look_at, look_at_all, refuse_images
+from posttrain.data.images.processor import ImageText
 from posttrain.data.provenance.borders import REFUSED, UNPROVEN, Borders
+from posttrain.data.provenance.forms import asks_for_parts, forms_of, in_parts
 from posttrain.data.provenance.marked import code_parts
 from posttrain.data.provenance.messages import MarkedConversation
 from posttrain.data.provenance.template import MarkedTemplate, Rendered
@@ -67,7 +70,7 @@ class Rules:
 class _Draft:
     """A rendered conversation before it is tokenized. `spans` are of turns with a weight, and of others where they are known."""
 
-    rendered: Rendered
+    expanded: Expanded
     messages: list[dict[str, Any]]
     spans: list[tuple[Span, float, str]]
     notes: list[str]
@@ -76,11 +79,11 @@ class _Draft:
 class ChatTokenizer:
     """A tokenizer and its chat template, as one reader of conversations.
 
-    `tokenizer` is a fast tokenizer of transformers. Raises InputError where it has no template, one that does not compile,
-    is not a fast one, or has no token that could end a turn.
+    `tokenizer` is a fast tokenizer of transformers, `images` what a model that sees makes of images. Raises InputError where
+    the tokenizer has no template, one that does not compile, is not a fast one, or has no token that could end a turn.
     """
 
-    def __init__(self, tokenizer: Any, rules: Rules | None = None):
+    def __init__(self, tokenizer: Any, rules: Rules | None = None, images: ImageText | None = None):
         name = tokenizer.name_or_path or "the tokenizer"
         if not tokenizer.is_fast:
             raise InputError(f"{name}: only fast tokenizers (tokenizer.json) tell where a token lies in the text.")
@@ -88,7 +91,7 @@ class ChatTokenizer:
             raise InputError(f"{name} has no chat template. Give one: data.chat_template=FILE.jinja")
         if not tokenizer.added_tokens_decoder:
             raise InputError(f"{name} has no control token, so that nothing can end an assistant's turn.")
-        self.tokenizer, self.rules = tokenizer, rules or Rules()
+        self.tokenizer, self.rules, self.images = tokenizer, rules or Rules(), images
         self._backend = _plain_backend(tokenizer.backend_tokenizer)
         self._controls = ControlStrings(self._backend, tokenizer.added_tokens_decoder, str(tokenizer.chat_template))
         self._borders: dict[str, Borders] = {}
@@ -97,6 +100,8 @@ class ChatTokenizer:
         looking = "{{ 'content' in messages[0] }}"
         empty = [{"role": "user", "content": None}]
         self._drops_nulls = tokenizer.apply_chat_template(empty, chat_template=looking, tokenize=False) == "False"
+        self._marks = None if images is None else MarkExpander(images, tokenizer)
+        self._parts_only = images is not None and asks_for_parts(partial(tokenizer.apply_chat_template, tokenize=False))
         self._kwargs = self.rules.template_kwargs
         self._borders_for(None if isinstance(tokenizer.chat_template, str) else [])
 
@@ -124,9 +129,11 @@ class ChatTokenizer:
         """The samples of each, tokenized on all cores; a bad row gives its RowError in its place. Without `origins` their
         `messages_T` and `parts_T` are left empty, which is faster."""
         drafts: list[list[_Draft] | Encoded | RowError] = []
-        for conversation in conversations:
+        for conversation in look_at_all(conversations) if self._marks else conversations:
             try:
-                if isinstance(conversation, Tokens):
+                if isinstance(conversation, RowError):
+                    drafts.append(conversation)
+                elif isinstance(conversation, Tokens):
                     drafts.append(self._ready_made(conversation, origins))
                 else:
                     drafts.append(list(self._drafts(conversation)))
@@ -134,7 +141,7 @@ class ChatTokenizer:
                 drafts.append(error)
             except Exception as error:  # a row holds anything, and a template does anything with it: no row ends a run
                 drafts.append(RowError("cannot be rendered", f"{type(error).__name__}: {error}"))
-        texts = [draft.rendered.text for item in drafts if isinstance(item, list) for draft in item]
+        texts = [draft.expanded.rendered.text for item in drafts if isinstance(item, list) for draft in item]
         tokens = iter(self._backend.encode_batch(texts, add_special_tokens=False))
         results: list[list[Encoded] | RowError] = []
         for item in drafts:
@@ -152,12 +159,18 @@ class ChatTokenizer:
 
     def prompt(self, conversation: Conversation) -> Encoded:
         """All of the messages, with the header that asks for an answer; nothing of it is trained. Raises RowError."""
-        rendered, messages, _, notes = self._render(replace(conversation, weights=None), prompt=True)
+        seen = look_at(conversation) if self._marks else conversation
+        rendered, _, notes = self._render(replace(seen, weights=None), prompt=True)
+        expanded = self._expanded(rendered, seen)
+        rendered = expanded.rendered
         tokens = self._backend.encode(rendered.text, add_special_tokens=False)
-        ids_T, offsets_TC, _ = self._ids_and_offsets(rendered, messages, tokens)
+        ids_T, offsets_TC, _ = self._ids_and_offsets(rendered, seen.messages, tokens)
+        images = self._images_among(expanded, ids_T, offsets_TC)
         none_T = np.zeros(0, np.int32)
         weights_T = np.zeros(len(ids_T), np.float32)
-        return Encoded(rendered.text, ids_T, weights_T, offsets_TC, none_T, none_T.astype(np.uint8), (), tuple(notes))
+        return Encoded(
+            rendered.text, ids_T, weights_T, offsets_TC, none_T, none_T.astype(np.uint8), (), tuple(notes), images
+        )
 
     def beginning(self, text: str, max_tokens: int) -> str:
         """As much of the text as makes so many tokens, control strings encoded as text."""
@@ -179,12 +192,13 @@ class ChatTokenizer:
                 yield self._draft(until, {**others, turn: (weight, why)})
 
     def _draft(self, conversation: Conversation, chosen: dict[int, tuple[float, str]]) -> _Draft:
-        rendered, messages, marked, notes = self._render(conversation)
+        rendered, marked, notes = self._render(conversation)
         borders = self._borders_for(conversation.tools)
         spans: list[tuple[Span, float, str]] = []
         for turn, (weight, why) in chosen.items():
             try:
-                span = find_span(borders, marked, rendered, turn, header=messages[turn]["role"] == ASSISTANT)
+                is_assistants = conversation.messages[turn]["role"] == ASSISTANT
+                span = find_span(borders, marked, rendered, turn, header=is_assistants)
             except RowError:
                 if weight:
                     raise
@@ -193,7 +207,18 @@ class ChatTokenizer:
                 raise RowError(UNPROVEN, f"messages {spans[-1][0].message} and {turn} overlap in the rendered text")
             spans.append((span, weight, why))
             notes += span.notes if weight else ()
-        return _Draft(rendered, messages, spans, notes)
+        expanded = self._expanded(rendered, conversation)
+        spans = [(expanded.moved(span, trained=weight > 0), weight, why) for span, weight, why in spans]
+        return _Draft(expanded, conversation.messages, spans, notes)
+
+    def _expanded(self, rendered: Rendered, conversation: Conversation) -> Expanded:
+        return Expanded(rendered) if self._marks is None else self._marks.expand(rendered, conversation)
+
+    def _images_among(self, expanded: Expanded, ids_T: np.ndarray, offsets_TC: np.ndarray) -> tuple[EncodedImage, ...]:
+        images = expanded.images(offsets_TC)
+        if self._marks is not None:
+            self._marks.check_placeholders(ids_T, images)
+        return images
 
     def _chosen(self, conversation: Conversation) -> dict[int, tuple[float, str]]:
         """The turns that could be trained: each one's weight, and by whose choice."""
@@ -214,18 +239,26 @@ class ChatTokenizer:
 
     def _render(
         self, conversation: Conversation, prompt: bool = False
-    ) -> tuple[Rendered, list[dict[str, Any]], MarkedConversation, list[str]]:
+    ) -> tuple[Rendered, MarkedConversation, list[str]]:
         """The text of `apply_chat_template` with its origins, the messages in the form that the template takes, and notes.
 
         Where the template refuses messages as they stand, a null text is given as an empty one and arguments of tool calls
         in their other form (JSON text or object); arguments that would be encoded twice are given as objects.
         """
+        if self._marks is None:
+            refuse_images(conversation)
         borders = self._borders_for(conversation.tools)
         variables = {**self.tokenizer.special_tokens_map, **self._kwargs}
         first_error = None
-        for messages, note in _forms(conversation.messages):
+        for form, note in forms_of(conversation.messages):
+            messages = in_parts(form) if self._parts_only else form
             marked = MarkedConversation(
-                messages, conversation.tools, variables, conversation.template_kwargs, self._drops_nulls
+                messages,
+                conversation.tools,
+                variables,
+                conversation.template_kwargs,
+                self._drops_nulls,
+                self._parts_only,
             )
             try:
                 rendered = borders.render(marked, prompt=prompt)
@@ -240,7 +273,7 @@ class ChatTokenizer:
                 first_error = first_error or error
                 continue
             _check_unicode(rendered.text)
-            return rendered, messages, marked, [note] if note else []
+            return rendered, marked, [*conversation.notes, *([note] if note else [])]
         assert first_error
         raise first_error
 
@@ -294,11 +327,12 @@ class ChatTokenizer:
             return error
 
     def _masked(self, draft: _Draft, tokens: Any, origins: bool) -> Encoded:
-        rendered, notes = draft.rendered, list(draft.notes)
+        rendered, notes = draft.expanded.rendered, list(draft.notes)
         ids_T, offsets_TC, typed = self._ids_and_offsets(rendered, draft.messages, tokens)
         for (m, text), times in Counter(typed).items():
             where = f"message {m}" if m >= 0 else "the tools"
             notes.append(f"{where}: {text!r} is encoded as text" + (f" {times} times" if times > 1 else ""))
+        images = self._images_among(draft.expanded, ids_T, offsets_TC)
         starts_T = offsets_TC[:, 0]
         weights_T = np.zeros(len(ids_T), dtype=np.float32)
         codes_T = (
@@ -320,7 +354,9 @@ class ChatTokenizer:
                     raise RowError(UNPROVEN, found)
                 weights_T[begin : int(np.searchsorted(starts_T, span.reasoning_end, "left"))] = 0
             turns.append(Turn(span.message, begin, end, weight, why))
-        return Encoded(rendered.text, ids_T, weights_T, offsets_TC, messages_T, parts_T, tuple(turns), tuple(notes))
+        return Encoded(
+            rendered.text, ids_T, weights_T, offsets_TC, messages_T, parts_T, tuple(turns), tuple(notes), images
+        )
 
     def _tokens_of(
         self, text: str, span: Span, offsets_TC: np.ndarray, ids_T: np.ndarray, strict: bool
@@ -355,10 +391,13 @@ class ChatTokenizer:
         ids_T = np.asarray(tokens.ids, dtype=np.int32)
         offsets = chain.from_iterable(tokens.offsets)
         offsets_TC = np.fromiter(offsets, dtype=np.int32, count=2 * len(ids_T)).reshape(-1, 2)
-        if self.rules.control_strings == "allow":
-            return ids_T, offsets_TC, []
-        theirs = [message["role"] != ASSISTANT for message in messages]
-        return self._controls.as_text(rendered, theirs, ids_T, offsets_TC)
+        typed: list[tuple[int, str]] = []
+        if self.rules.control_strings != "allow":
+            theirs = [message["role"] != ASSISTANT for message in messages]
+            ids_T, offsets_TC, typed = self._controls.as_text(rendered, theirs, ids_T, offsets_TC)
+        if self._marks is not None:
+            ids_T, offsets_TC = self._marks.with_begin(rendered.text, ids_T, offsets_TC)
+        return ids_T, offsets_TC, typed
 
     def _ready_made(self, tokens: Tokens, origins: bool) -> Encoded:
         """A row that came as tokens, each of which is a piece of text of its own."""
@@ -367,6 +406,8 @@ class ChatTokenizer:
             raise RowError("token id out of range", f"{found}; was the row made for another model?")
         if not np.isfinite(tokens.weights_T).all():
             raise RowError("weight out of range", "a weight is not a finite number of single precision")
+        if self._marks is not None:
+            self._marks.check_placeholders(tokens.ids_T, ())
         if not origins:
             none_T = np.zeros(0, np.int32)
             return Encoded("", tokens.ids_T, tokens.weights_T, none_T.reshape(0, 2), none_T, none_T.astype(np.uint8))
@@ -396,45 +437,6 @@ def _check_unicode(text: str) -> None:
         raise RowError(
             "not Unicode", f"the text holds half a character pair: {text[error.start : error.end]!a}"
         ) from None
-
-
-def _forms(messages: list[dict[str, Any]]) -> Iterator[tuple[list[dict[str, Any]], str]]:
-    """The messages as they stand, then in forms that a template may ask for, each with what a person should know of it."""
-    yield messages, ""
-    filled = [{**m, "content": ""} if m.get("content") is None else m for m in messages]
-    if filled != messages:
-        yield filled, "the template cannot take a message without text: it was given an empty one"
-    for form, name in ((_as_objects, "objects"), (_as_texts, "JSON text")):
-        for base in (messages, filled) if filled != messages else (messages,):
-            changed = [_with_arguments(message, form) for message in base]
-            if changed != base:
-                yield changed, f"the template takes arguments of tool calls as {name}: they were given so"
-
-
-def _with_arguments(message: dict[str, Any], form: Any) -> dict[str, Any]:
-    calls = message.get("tool_calls")
-    if not isinstance(calls, list):
-        return message
-    changed = []
-    for call in calls:
-        function = call.get("function") if isinstance(call, dict) else None
-        if isinstance(function, dict) and "arguments" in function:
-            call = {**call, "function": {**function, "arguments": form(function["arguments"])}}
-        elif isinstance(call, dict) and "arguments" in call:
-            call = {**call, "arguments": form(call["arguments"])}
-        changed.append(call)
-    return {**message, "tool_calls": changed}
-
-
-def _as_objects(arguments: Any) -> Any:
-    try:
-        return json.loads(arguments) if isinstance(arguments, str) else arguments
-    except ValueError:
-        return arguments
-
-
-def _as_texts(arguments: Any) -> Any:
-    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
 def _plain_backend(backend: Any) -> Any:

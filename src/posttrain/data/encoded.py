@@ -12,6 +12,8 @@ from enum import IntEnum
 
 import numpy as np
 
+from posttrain.records import ImageSource
+
 NO_MESSAGE = -1
 
 
@@ -43,11 +45,26 @@ class Turn:
 
 
 @dataclass(frozen=True)
+class EncodedImage:
+    """One image among the ids: its pixels, and the tokens [begin, end) that the processor writes for it.
+
+    Some of those stand for pieces of the image; others may frame them.
+    """
+
+    source: ImageSource  # with its bytes, if it was fetched
+    width: int
+    height: int
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
 class Encoded:
     """Ids of a rendered conversation with, for each, its weight as a target and where it came from.
 
     `offsets_TC[t]` are the first character of token t in `text` and the one after its last. `turns` are those of the
-    roles that can be trained, in order, chosen or not. `notes` say what a person should know of this row.
+    roles that can be trained, in order, chosen or not. `notes` say what a person should know of this row. `images` are in the
+    order of their tokens.
     """
 
     text: str
@@ -58,6 +75,7 @@ class Encoded:
     parts_T: np.ndarray  # uint8, a Part
     turns: tuple[Turn, ...] = ()
     notes: tuple[str, ...] = ()
+    images: tuple[EncodedImage, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids_T)

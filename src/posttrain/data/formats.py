@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from os.path import abspath
 from typing import Any
 
-from posttrain.config.schema import RESERVED_KWARGS, DataOptions
+from posttrain.config.schema import DataOptions
+from posttrain.config.values import RESERVED_KWARGS
+from posttrain.data.images.references import BAD_IMAGE, with_images
 from posttrain.data.messages import (
-    MEDIA,
+    NO_SUCH_MEDIA,
+    OTHER_MEDIA,
     Messages,
     RowError,
     Weights,
@@ -37,7 +41,8 @@ RECOGNISED = (
     ("prompt_response", ("prompt", "completion")),
     *(("question_answer", pair) for pair in QUESTION_PAIRS),
 )
-MEDIA_COLUMNS = {*MEDIA, *(f"{medium}s" for medium in MEDIA)}
+IMAGE_COLUMNS = ("images", "image")
+OTHER_MEDIA_COLUMNS = {*OTHER_MEDIA, *(f"{medium}s" for medium in OTHER_MEDIA)}
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,8 @@ class Columns:
     tools: str | None = None
     system_prompt: str | None = None
     answers_needed: bool = True  # False: a row may be a prompt alone, to be answered
+    images: str | None = None
+    image_dir: str | None = None  # absolute, or a URL
 
     @classmethod
     def of(cls, data: DataOptions, answers_needed: bool = True) -> Columns:
@@ -62,24 +69,36 @@ class Columns:
             data.tools_key,
             data.system_prompt,
             answers_needed,
+            data.image_key,
+            data.image_dir if data.image_dir is None or "://" in data.image_dir else abspath(data.image_dir),
         )
 
 
-def to_conversation(row: dict[str, Any], columns: Columns) -> Conversation | Tokens:
-    """The row as messages, or as the tokens that it brings. Raises RowError for a row that cannot be used."""
+def to_conversation(row: dict[str, Any], columns: Columns, folder: str = "") -> Conversation | Tokens:
+    """The row as messages, or as the tokens that it brings. Raises RowError for a row that cannot be used.
+
+    Relative paths of images begin at the columns' `image_dir`, or else at `folder`, which is that of the row's file.
+    """
     try:
-        return _read_row(row, columns)
+        return _read_row(row, columns, columns.image_dir or folder)
     except (RecursionError, OverflowError) as error:
         raise RowError("too deep or too large", f"the row holds what nothing can read: {error}") from None
 
 
-def _read_row(row: dict[str, Any], columns: Columns) -> Conversation | Tokens:
+def _read_row(row: dict[str, Any], columns: Columns, image_folder: str) -> Conversation | Tokens:
     form = _recognised(row, columns) if columns.format == AUTO else columns.format
+    in_column = _image_column(row, columns)
     if form == TOKENS:
+        if in_column is not None:
+            found = "the row brings token ids and images, and does not say which tokens stand for which image"
+            raise RowError("images with token ids", f"{found}; give messages in place of input_ids")
         return read_tokens(row)
-    _refuse_media(row)
+    _refuse_other_media(row)
     source = row.get("data_source")
-    messages, weights = _with_system(*_READ[form](row, columns), row, columns)
+    messages, weights = _READ[form](row, columns)
+    _refuse_media_beside_content(messages)
+    messages, images, notes = with_images(messages, in_column, image_folder)
+    messages, weights = _with_system(messages, weights, row, columns)
     return Conversation(
         messages,
         tools=_tools(row, columns),
@@ -88,20 +107,22 @@ def _read_row(row: dict[str, Any], columns: Columns) -> Conversation | Tokens:
         ground_truth=_ground_truth(row),
         data_source=None if source is None else str(source),
         extra_info=_extra_info(row),
+        images=images,
+        notes=tuple(notes),
     )
 
 
-def conversation_or_error(row: dict[str, Any], columns: Columns) -> Conversation | Tokens | RowError:
+def conversation_or_error(row: dict[str, Any], columns: Columns, folder: str = "") -> Conversation | Tokens | RowError:
     """As `to_conversation`, with the error in the place of a row that cannot be used."""
     try:
-        return to_conversation(row, columns)
+        return to_conversation(row, columns, folder)
     except RowError as error:
         return error
 
 
-def conversation_of(row: dict[str, Any], columns: Columns) -> Conversation:
+def conversation_of(row: dict[str, Any], columns: Columns, folder: str = "") -> Conversation:
     """As `to_conversation`, where only messages will do."""
-    conversation = to_conversation(row, columns)
+    conversation = to_conversation(row, columns, folder)
     if isinstance(conversation, Tokens):
         raise RowError("pre-tokenized", "the row holds token ids and no messages, which are needed here")
     return conversation
@@ -286,11 +307,35 @@ def _extra_info(row: dict[str, Any]) -> dict[str, Any]:
     return clean(extra_info) if isinstance(extra_info, dict) else {}
 
 
-def _refuse_media(row: dict[str, Any]) -> None:
-    for key in MEDIA_COLUMNS & row.keys():
-        value = row[key]
-        if value is not None and (not hasattr(value, "__len__") or len(value)):
-            raise RowError("images or sound", f"the column `{key}` is filled; only text can be trained on")
+def _image_column(row: dict[str, Any], columns: Columns) -> Any:
+    """What stands in the row's column of images; None where it holds none."""
+    if columns.images:
+        value = _value(row, columns.images, "data.image_key", "images")
+        return value if _is_filled(value) else None
+    filled = [key for key in IMAGE_COLUMNS if _is_filled(row.get(key))]
+    if len(filled) > 1:
+        raise RowError("ambiguous form", "there are `images` and `image`; choose one with data.image_key")
+    return row[filled[0]] if filled else None
+
+
+def _refuse_other_media(row: dict[str, Any]) -> None:
+    for key in OTHER_MEDIA_COLUMNS & row.keys():
+        if _is_filled(row[key]):
+            raise RowError(NO_SUCH_MEDIA, f"the column `{key}` is filled; only text and images can be trained on")
+
+
+def _refuse_media_beside_content(messages: Messages) -> None:
+    """Raise RowError for a message with a field of its own for them, which no template reads."""
+    for number, message in enumerate(messages):
+        for key in ({*IMAGE_COLUMNS} | OTHER_MEDIA_COLUMNS) & message.keys():
+            if _is_filled(message[key]):
+                kind = BAD_IMAGE if key in IMAGE_COLUMNS else NO_SUCH_MEDIA
+                found = f"message {number} has a field `{key}` beside its content, where no model would see it"
+                raise RowError(kind, f"{found}; give images in the row's column `images`, or as parts of the content")
+
+
+def _is_filled(value: Any) -> bool:
+    return value is not None and (not hasattr(value, "__len__") or len(value) > 0)
 
 
 def _value(row: dict[str, Any], named: str | None, option: str, usual: str) -> Any:

@@ -24,16 +24,21 @@ SHAREGPT_ROLES = {
 FUNCTION_CALL = "function_call"
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 WEIGHT_FIELDS = ("train", "loss_mask", "weight")
-MEDIA = ("image", "video", "audio")
+OTHER_MEDIA = ("video", "audio")  # than images
+NO_SUCH_MEDIA = "video or sound"
 
 
 class RowError(Exception):
-    """A row that cannot be used. `kind` groups such rows in the report; the text says what was found."""
+    """A row that cannot be used. `kind` groups such rows in the report; the text says what was found.
 
-    def __init__(self, kind: str, found: str):
+    `file` is the one that is at fault, if it is none of the rows': it may be mended while they stay as they are.
+    """
+
+    def __init__(self, kind: str, found: str, file: str | None = None):
         super().__init__(kind, found)
         self.kind = kind
         self.found = found
+        self.file = file
 
     def __str__(self) -> str:
         return self.found
@@ -131,8 +136,8 @@ def _check_part(part: Any, where: str) -> None:
     kind = part.get("type") if isinstance(part, dict) else None
     if not isinstance(kind, str):
         raise RowError("bad part of a message", f'{where} is no object with a type, such as {{"type": "text"}}')
-    if any(medium in kind for medium in MEDIA):
-        raise RowError("images or sound", f"{where} is of type {kind!r}; only text can be trained on")
+    if any(medium in kind for medium in OTHER_MEDIA):
+        raise RowError(NO_SUCH_MEDIA, f"{where} is of type {kind!r}; only text and images can be trained on")
     if kind == "text":
         checked_text(part.get("text"), f"text of {where}", "bad part of a message")
 

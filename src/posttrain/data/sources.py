@@ -13,6 +13,7 @@ from typing import IO, Any
 from posttrain.errors import InputError
 
 ROWS_A_READ = 1024
+BYTES_A_READ = 64 << 20  # fewer rows where they are large, as those with images in them are
 READERS = {
     ".parquet": "parquet",
     ".pq": "parquet",
@@ -27,7 +28,7 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 @dataclass(frozen=True)
 class Source:
-    """One file, or one split of a hub data set. `fingerprint` changes when the content does."""
+    """One file, or one split of a hub data set. `fingerprint` changes with its content and its place."""
 
     name: str
     reader: str
@@ -50,6 +51,11 @@ class Row:
     @property
     def place(self) -> str:
         return f"{self.source} row {self.number}"
+
+    @property
+    def folder(self) -> str:
+        """Where its file lies: relative paths in the row begin there."""
+        return self.source.rpartition("/")[0]
 
 
 def find_sources(names: list[str], option: str, split: str = "train", hub_config: str | None = None) -> list[Source]:
@@ -98,7 +104,7 @@ def _local_file(path: Path, option: str) -> Source:
     if stat.st_size == 0:
         raise InputError(f"{option}: {path} is empty (0 bytes).")
     return Source(
-        str(path), _reader_of(path.suffix, str(path), option), f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
+        str(path), _reader_of(path.suffix, str(path), option), f"{path.absolute()}:{stat.st_size}:{stat.st_mtime_ns}"
     )
 
 
@@ -130,12 +136,18 @@ def open_file(name: str) -> IO[bytes]:
     return fsspec.open(name, "rb").open()
 
 
+def parquet_batches(file: Any) -> Iterator[Any]:
+    """The rows of an open parquet file, a few at a time where they are large."""
+    num_bytes = sum(file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups))
+    yield from file.iter_batches(batch_size=_rows_a_read(file.metadata.num_rows, num_bytes))
+
+
 def _read_parquet(source: Source) -> Iterator[dict[str, Any]]:
     import pyarrow.parquet
 
     def batches() -> Iterator[Any]:
         with open_file(source.name) as stream:
-            yield from pyarrow.parquet.ParquetFile(stream).iter_batches(batch_size=ROWS_A_READ)
+            yield from parquet_batches(pyarrow.parquet.ParquetFile(stream))
 
     return _arrow_rows(source, batches())
 
@@ -162,12 +174,18 @@ def _arrow_rows(source: Source, batches: Iterator[Any]) -> Iterator[dict[str, An
     try:
         for batch in batches:
             filled = [name for name in batch.schema.names if _has_filler(batch.column(name))]
-            for values in batch.to_pylist():
+            rows = _rows_a_read(batch.num_rows, batch.nbytes)
+            for values in (row for i in range(0, batch.num_rows, rows) for row in batch.slice(i, rows).to_pylist()):
                 yield values | {name: without_filler(values[name]) for name in filled} if filled else values
     except (pa.ArrowInvalid, OSError) as error:
         raise InputError(
             f"{source.name} cannot be read as {source.reader}: {str(error).rstrip('.')}. Write it again."
         ) from None
+
+
+def _rows_a_read(num_rows: int, num_bytes: int) -> int:
+    """How many of such rows are made objects at a time."""
+    return max(1, min(ROWS_A_READ, num_rows * BYTES_A_READ // max(num_bytes, 1)))
 
 
 def _has_filler(array: Any) -> bool:
@@ -239,8 +257,9 @@ def _read_hub(source: Source) -> Iterator[dict[str, Any]]:
             f"{source.name} was not found as a file, and loading it from the hub failed: {type(error).__name__}: {error}. "
             "Check the name, data.hub_config and the split, or give local files."
         ) from None
-    for values in rows:
-        yield {name: without_filler(value) for name, value in values.items()}
+    # as Arrow holds them: images are then the bytes of their files, which nothing has decoded
+    tables = rows.with_format("arrow").iter(ROWS_A_READ)
+    yield from _arrow_rows(source, (batch for table in tables for batch in table.to_batches()))
 
 
 _READ = {"parquet": _read_parquet, "arrow": _read_arrow, "lines": _read_lines, "json": _read_json, "hub": _read_hub}

@@ -6,6 +6,8 @@ A folder per key, where the key covers rows, tokenizer, template and columns:
     offsets.npy  int64 (N+1), where each sample begins  rows.npy     int64 (N), its row's number among all rows read
     turns.npy    int64 (N), how many turns each sample trains
     report.json  rows read, rows left out and why, notes, and the places of the first few of each
+
+Images, where there are any, are kept as `posttrain.data.images.cache` says.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 import shutil
 import uuid
 from bisect import bisect_right
@@ -24,28 +27,29 @@ from pathlib import Path
 import numpy as np
 
 from posttrain.data.chat import ChatTokenizer
-from posttrain.data.encoded import Encoded, kinds_of_notes
+from posttrain.data.encoded import Encoded, EncodedImage, kinds_of_notes
 from posttrain.data.formats import Columns, RowError, conversation_or_error
+from posttrain.data.images.cache import ImageWriter, KeptImages
 from posttrain.data.sources import Row, Source, read_rows
 from posttrain.data.workers import map_chunks
 from posttrain.errors import InputError
 from posttrain.records import Sample
 
-FORMAT = 3  # of the cache; a new number makes all older caches unused
+FORMAT = 4  # of the cache; a new number makes all older caches unused
 PLACES_A_REASON = 5
 MOST_WEIGHTS = 256  # different weights in one set of rows
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a row gave: ids, weights and the number of trained turns of each sample, or why there are none.
+    """What a row gave: ids, weights, the number of trained turns and the images of each sample, or why there are none.
 
     `notes` are what a person should know of the row, each with its kind.
     """
 
     source: str
     number: int
-    samples: list[tuple[np.ndarray, np.ndarray, int]] | RowError
+    samples: list[tuple[np.ndarray, np.ndarray, int, tuple[EncodedImage, ...]]] | RowError
     notes: dict[str, str]
 
     @property
@@ -59,7 +63,8 @@ class Report:
 
     `rows_not_chosen` could be used, and fewer were asked for. `notes` count, by kind, what a person should know of rows, also of
     those that truncation leaves out. `places` are the first few of each reason and of
-    each kind. `files` are the names of the sources, each with the number of its first row among all rows read.
+    each kind. `files` are the names of the sources, each with the number of its first row among all rows read. `faulty` are the
+    first few files that rows name and that could not be used, each with the time of its last change, if it is there.
     """
 
     rows_read: int = 0
@@ -69,12 +74,17 @@ class Report:
     notes: dict[str, int] = field(default_factory=dict)
     places: dict[str, list[str]] = field(default_factory=dict)
     files: list[tuple[str, int]] = field(default_factory=list)
+    faulty: dict[str, int | None] = field(default_factory=dict)
 
     def drop(self, reason: str, place: str) -> None:
         self._count(self.rows_dropped, reason, place)
 
     def note(self, kind: str, place: str) -> None:
         self._count(self.notes, kind, place)
+
+    def blame(self, file: str | None) -> None:
+        if file is not None and len(self.faulty) < PLACES_A_REASON:
+            self.faulty[file] = _changed(file)
 
     def place_of(self, row: int) -> str:
         """File and number in it of a row that is counted among all rows read."""
@@ -100,9 +110,21 @@ class TokenizedData:
     turns_N: np.ndarray  # int64, trained turns, also those that truncation cuts
     report: Report
     fingerprint: str
+    images: KeptImages | None = None
 
     def __len__(self) -> int:
         return len(self.begins_N)
+
+    def kept(self, keep_N: np.ndarray) -> TokenizedData:
+        """Those of the samples, with the same report."""
+        return replace(
+            self,
+            begins_N=self.begins_N[keep_N],
+            ends_N=self.ends_N[keep_N],
+            rows_N=self.rows_N[keep_N],
+            turns_N=self.turns_N[keep_N],
+            images=self.images and self.images.kept(keep_N),
+        )
 
     @property
     def lengths_N(self) -> np.ndarray:
@@ -121,7 +143,8 @@ class TokenizedData:
 
     def __getitem__(self, index: int) -> Sample:
         piece = slice(self.begins_N[index], self.ends_N[index])
-        return Sample(int(self.rows_N[index]), self.ids[piece], self.weight_values[self.weights[piece]])
+        images = self.images.sources(index) if self.images else ()
+        return Sample(int(self.rows_N[index]), self.ids[piece], self.weight_values[self.weights[piece]], images=images)
 
 
 def load_tokenized(
@@ -141,7 +164,8 @@ def load_tokenized(
     chat = make_chat()
     key = cache_key(sources, columns, chat)
     folder = Path(cache_dir) / "tokenized" / key
-    if not (folder / "report.json").exists():
+    if not _is_good(folder):
+        shutil.rmtree(folder, ignore_errors=True)
         encoder, here = partial(_encoder, make_chat, columns), partial(_encode_chunk, chat, columns)
         chunks = map_chunks(encoder, read_rows(sources), num_workers, here)
         _build(folder, chunks, progress)
@@ -158,43 +182,9 @@ def cache_key(sources: list[Source], columns: Columns, chat: ChatTokenizer) -> s
         json.dumps(chat.tokenizer.chat_template),
         json.dumps({name: str(token) for name, token in chat.tokenizer.special_tokens_map.items()}),
         chat.rules_key,
+        *([chat.images.key] if chat.images else []),
     ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
-
-
-def truncated(data: TokenizedData, max_length: int, how: str) -> TokenizedData:
-    """The rows within `max_length` tokens: longer ones cut, left out or an error, as `how` (data.truncation) says."""
-    long_N = data.lengths_N > max_length
-    begins_N, ends_N = data.begins_N.copy(), data.ends_N.copy()
-    report = copy.deepcopy(data.report)
-    keep_N = np.ones(len(data), dtype=bool)
-    if long_N.any() and how == "error":
-        worst = int(data.lengths_N.argmax())
-        unit = "rows" if len(data) == report.rows_used else "samples"
-        raise InputError(
-            f"{int(long_N.sum())} of {len(data)} {unit} are longer than data.max_length={max_length}; the longest, "
-            f"{report.place_of(data.rows_N[worst])}, has {data.lengths_N[worst]} tokens. Raise data.max_length, or choose "
-            "data.truncation=drop, left or right."
-        )
-    if how == "left":
-        begins_N[long_N] = ends_N[long_N] - max_length
-    elif how == "right":
-        ends_N[long_N] = begins_N[long_N] + max_length
-    elif how == "drop":
-        keep_N = ~long_N
-        for row in data.rows_N[long_N]:
-            report.drop("longer than data.max_length", report.place_of(row))
-    cut = replace(data, begins_N=begins_N, ends_N=ends_N, report=report)
-    empty_N = keep_N & (cut.num_trained_N == 0)
-    for row in data.rows_N[empty_N]:
-        report.drop("no trained token left", report.place_of(row))
-    keep_N &= ~empty_N
-    report.rows_used = len(np.unique(data.rows_N[keep_N]))
-    if not keep_N.any():
-        raise InputError(f"No row is left to train on: {_reasons(report)}")
-    return replace(
-        cut, begins_N=begins_N[keep_N], ends_N=ends_N[keep_N], rows_N=data.rows_N[keep_N], turns_N=data.turns_N[keep_N]
-    )
 
 
 def taken(data: TokenizedData, choose: Callable[[int], np.ndarray]) -> TokenizedData:
@@ -206,14 +196,23 @@ def taken(data: TokenizedData, choose: Callable[[int], np.ndarray]) -> Tokenized
     keep_N = np.isin(row_of_sample_N, chosen_C)
     report = copy.deepcopy(data.report)
     report.rows_used, report.rows_not_chosen = len(chosen_C), len(rows_R) - len(chosen_C)
-    return replace(
-        data,
-        begins_N=data.begins_N[keep_N],
-        ends_N=data.ends_N[keep_N],
-        rows_N=data.rows_N[keep_N],
-        turns_N=data.turns_N[keep_N],
-        report=report,
-    )
+    return replace(data.kept(keep_N), report=report)
+
+
+def _is_good(folder: Path) -> bool:
+    """Whether the cache is there, and files that its rows lacked have not come or been mended since."""
+    if not (folder / "report.json").exists():
+        return False
+    faulty = json.loads((folder / "report.json").read_text()).get("faulty", {})
+    return all(_changed(file) == before for file, before in faulty.items())
+
+
+def _changed(file: str) -> int | None:
+    """When, in nanoseconds; None where there is no such file."""
+    try:
+        return os.stat(file).st_mtime_ns
+    except OSError:
+        return None
 
 
 def _build(folder: Path, chunks: Iterable[list[Outcome]], progress: Callable[[int], None]) -> None:
@@ -221,7 +220,7 @@ def _build(folder: Path, chunks: Iterable[list[Outcome]], progress: Callable[[in
     aside = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     aside.mkdir(parents=True)
     try:
-        report, lengths, rows, turns = Report(), [0], [], []
+        report, lengths, rows, turns, images = Report(), [0], [], [], ImageWriter(aside)
         values = {0.0: 0, 1.0: 1}
         with open(aside / "ids.bin", "wb") as ids, open(aside / "weights.bin", "wb") as weights:
             for chunk in chunks:
@@ -230,9 +229,11 @@ def _build(folder: Path, chunks: Iterable[list[Outcome]], progress: Callable[[in
                         report.files.append((row.source, report.rows_read))
                     if isinstance(row.samples, RowError):
                         report.drop(row.samples.kind, f"{row.place}: {row.samples}")
+                        report.blame(row.samples.file)
                     else:
                         report.rows_used += 1
-                        for ids_T, weights_T, num_turns in row.samples:
+                        for ids_T, weights_T, num_turns, shown in row.samples:
+                            images.add(shown)
                             ids.write(ids_T.tobytes())
                             weights.write(_indices(weights_T, values, row.place).tobytes())
                             lengths.append(len(ids_T))
@@ -242,6 +243,7 @@ def _build(folder: Path, chunks: Iterable[list[Outcome]], progress: Callable[[in
                         report.note(kind, f"{row.place}: {note}")
                     report.rows_read += 1
                 progress(len(chunk))
+        images.close()
         np.save(aside / "weights.npy", np.asarray(list(values), dtype=np.float32))
         np.save(aside / "offsets.npy", np.cumsum(np.asarray(lengths, dtype=np.int64)))
         np.save(aside / "rows.npy", np.asarray(rows, dtype=np.int64))
@@ -273,7 +275,7 @@ def _encoder(make_chat: Callable[[], ChatTokenizer], columns: Columns) -> Callab
 
 def _encode_chunk(chat: ChatTokenizer, columns: Columns, rows: Iterable[Row]) -> list[Outcome]:
     rows = list(rows)
-    conversations = [conversation_or_error(row.values, columns) for row in rows]
+    conversations = [conversation_or_error(row.values, columns, row.folder) for row in rows]
     encoded = iter(chat.encode_many([c for c in conversations if not isinstance(c, RowError)], origins=False))
     outcomes = []
     for row, conversation in zip(rows, conversations, strict=True):
@@ -285,7 +287,7 @@ def _encode_chunk(chat: ChatTokenizer, columns: Columns, rows: Iterable[Row]) ->
 def _outcome(row: Row, result: list[Encoded] | RowError) -> Outcome:
     if isinstance(result, RowError):
         return Outcome(row.source, row.number, result, {})
-    samples = [(e.ids_T, e.weights_T, sum(turn.weight > 0 for turn in e.turns)) for e in result]
+    samples = [(e.ids_T, e.weights_T, sum(turn.weight > 0 for turn in e.turns), e.images) for e in result]
     return Outcome(row.source, row.number, samples, kinds_of_notes(result))
 
 
@@ -311,8 +313,5 @@ def _open(folder: Path, key: str, drop_invalid: bool, names: list[str]) -> Token
         turns_N=np.load(folder / "turns.npy"),
         report=report,
         fingerprint=key,
+        images=KeptImages.open(folder),
     )
-
-
-def _reasons(report: Report) -> str:
-    return "; ".join(f"{count} {reason} ({report.places[reason][0]})" for reason, count in report.rows_dropped.items())

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from posttrain.data.sources import Row
 
 ROWS_A_CHUNK = 256
+BYTES_A_CHUNK = 16 << 20  # fewer rows where they are large, as those with images in them are
 # Workers take seconds to start, in which one process does about this many rows.
 ROWS_BEFORE_WORKERS = 8192
 CHUNKS_WAITING_A_WORKER = 4
@@ -44,9 +45,26 @@ def map_chunks(
 
 
 def chunks(rows: Iterable[Row]) -> Iterator[tuple[Row, ...]]:
-    rows = iter(rows)
-    while chunk := tuple(islice(rows, ROWS_A_CHUNK)):
-        yield chunk
+    chunk: list[Row] = []
+    num_bytes = 0
+    for row in rows:
+        chunk.append(row)
+        num_bytes += _num_bytes(row.values)
+        if len(chunk) == ROWS_A_CHUNK or num_bytes >= BYTES_A_CHUNK:
+            yield tuple(chunk)
+            chunk, num_bytes = [], 0
+    if chunk:
+        yield tuple(chunk)
+
+
+def _num_bytes(value: Any) -> int:
+    """Of bytes and texts, also those in lists and objects; numbers count nothing."""
+    if isinstance(value, bytes | str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_num_bytes, value.values()))
+    holds = isinstance(value, list) and value and isinstance(value[0], bytes | str | dict | list)
+    return sum(map(_num_bytes, value)) if holds else 0
 
 
 def _in_order(pool: ProcessPoolExecutor, todo: Iterable[tuple[Row, ...]], most_waiting: int) -> Iterator[Any]:

@@ -24,6 +24,8 @@ from posttrain.errors import InputError
 HOST = "cpu"
 # packages that bring a device to torch, which loads them itself unless TORCH_DEVICE_BACKEND_AUTOLOAD=0
 PLUGINS = {"npu": "torch_npu"}
+# which devices of the machine a process sees
+VISIBLE_DEVICES = {"cuda": "CUDA_VISIBLE_DEVICES", "npu": "ASCEND_RT_VISIBLE_DEVICES"}
 
 # dense bfloat16 peak in FLOP/s, from the makers' data sheets, by a part of the device's name
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12,
@@ -31,6 +33,9 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "B200": 2250e12, "
 # of the vocabulary at a time: a chunk stays in a CPU's cache, and keeps an accelerator busy
 LOGITS_A_CHUNK = {HOST: 2**23}
 LOGITS_A_CHUNK_ELSEWHERE = 2**27
+# of the optimizer's averages: what is computed between decoding and coding stays in a CPU's cache
+DECODED_AT_ONCE = {HOST: 2**16}
+DECODED_AT_ONCE_ELSEWHERE = 2**24
 TOKENS_A_MICRO_BATCH = {HOST: 4096}
 TOKENS_A_MICRO_BATCH_ELSEWHERE = 16384
 
@@ -39,6 +44,7 @@ SUMMED_IN_FLOAT32 = ("npu", "mps")
 # torch_npu's kernel takes `grad_scale` and `found_inf` and reads neither (FusedAdamWKernelNpuOpApi.cpp of op-plugin)
 FUSED_ADAMW_CLIPS = ("cpu", "cuda")
 LIGER = ("cuda",)  # liger-kernel has others for Ascend, which nobody here has tried
+SHARES_MEMORY = ("cuda",)  # between processes, by handles as torch.multiprocessing makes them there
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,13 @@ class Device:
             return self.backend
         return f"{HOST}:{self.host_backend},{self.type}:{self.backend}"
 
+    @property
+    def number(self) -> str:
+        """Of this device on the machine, whichever of them this process sees."""
+        index = self.torch_device.index or 0
+        visible = os.environ.get(VISIBLE_DEVICES.get(self.type, ""), "").split(",")
+        return visible[index] if visible[0] else str(index)
+
     def enter_thread(self) -> None:
         """Make this the device of the thread that calls: each begins with the first one of the machine."""
         if self.has_own_memory:
@@ -105,10 +118,20 @@ class Device:
         """False where the device computes in the host's memory."""
         return self.type != HOST
 
+    @property
+    def knows_pinned(self) -> bool:
+        """Whether pinned memory is known as such afterwards, which not every device's package tells. FSDP2 pins again what it takes for
+        unpinned, and goes on with the copy, so that the weights of the model would stay as they began."""
+        return self.has_own_memory and torch.empty(1, pin_memory=True).is_pinned()
+
     def zeros_like(self, tensor: torch.Tensor, home: torch.device) -> torch.Tensor:
         """Zeros on `home`; in the host's memory pinned, so that the device copies without waiting."""
         pinned = self.has_own_memory and home == self.host
         return torch.zeros_like(tensor, device=home, pin_memory=pinned)
+
+    def host_like(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Room for the tensor's values in the host's memory, pinned where the device copies on its own."""
+        return torch.empty_like(tensor, device=self.host, pin_memory=self.has_own_memory)
 
     @property
     def shares_prompts(self) -> bool:
@@ -119,6 +142,11 @@ class Device:
     def default_max_tokens(self) -> int:
         """Tokens of a micro-batch where the user says nothing."""
         return TOKENS_A_MICRO_BATCH.get(self.type, TOKENS_A_MICRO_BATCH_ELSEWHERE)
+
+    @property
+    def decoded_at_once(self) -> int:
+        """How many of the optimizer's averages are decoded at the same time."""
+        return DECODED_AT_ONCE.get(self.type, DECODED_AT_ONCE_ELSEWHERE)
 
     def compute_dtype(self, wanted: str) -> torch.dtype:
         """Of forward and backward; auto is bfloat16 on accelerators that have units for it.
@@ -236,6 +264,16 @@ def runs_liger(device: torch.device) -> bool:
     return device.type in LIGER
 
 
+def environment_with(numbers: str) -> dict[str, str]:
+    """In which a process sees these devices of the machine alone, a list of their numbers; none where it is empty."""
+    return dict.fromkeys(VISIBLE_DEVICES.values(), numbers)
+
+
+def shares_memory(device: torch.device) -> bool:
+    """Whether another process on the machine can be given memory of the device."""
+    return device.type in SHARES_MEMORY
+
+
 def tokens_between_looks(device: torch.device) -> int:
     """How seldom answers that are being written are looked at for those that have ended: on an accelerator that waits for all that
     was dispatched."""
@@ -277,7 +315,7 @@ def _load_plugins(wanted: str) -> None:
         elif wanted == kind:
             raise InputError(
                 f"trainer.device={kind} needs the package {package} in the version of torch, {torch.__version__}; it is not "
-                "installed. docs/accelerators.md has the commands."
+                "installed. docs/npu.md has the commands."
             )
 
 

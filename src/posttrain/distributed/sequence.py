@@ -9,7 +9,7 @@ result back. Source: Jacobs et al. 2023, DeepSpeed Ulysses.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -40,29 +40,42 @@ class Sequence:
         )
         return cls(group, rank % size, size)
 
-    def cut(self, whole: MicroBatch) -> MicroBatch:
-        """This process's part of a row, which is filled up to a multiple of N by one more document that counts nothing.
-
-        Tokens, labels, weights and positions are those of the part; `lengths_N` stays that of the whole row, filling
-        included.
-        """
+    def filled(self, whole: MicroBatch) -> MicroBatch:
+        """The row with one more document, that counts nothing, up to a multiple of N tokens."""
         missing = -len(whole.ids_T) % self.size
-        length = (len(whole.ids_T) + missing) // self.size
-        here = slice(self.rank * length, (self.rank + 1) * length)
+        if not missing:
+            return whole
 
-        def part(array_T: np.ndarray, filling: Any) -> np.ndarray:
-            return np.append(array_T, np.full(missing, filling, dtype=array_T.dtype))[here]
+        def filled(array_T: np.ndarray, filling: Any) -> np.ndarray:
+            return np.append(array_T, np.full(missing, filling, dtype=array_T.dtype))
 
-        positions_T = np.append(whole.positions_T, np.arange(missing))[here]
-        return MicroBatch(
-            ids_T=part(whole.ids_T, 0),
-            labels_T=part(whole.labels_T, IGNORED_LABEL),
-            weights_T=part(whole.weights_T, 0),
-            positions_T=positions_T,
-            lengths_N=(*whole.lengths_N, missing) if missing else whole.lengths_N,
-            rows_N=whole.rows_N,
-            branches_N=(*whole.branches_N, (missing,)) if missing and whole.branches_N else whole.branches_N,
+        return replace(
+            whole,
+            ids_T=filled(whole.ids_T, 0),
+            labels_T=filled(whole.labels_T, IGNORED_LABEL),
+            weights_T=filled(whole.weights_T, 0),
+            positions_T=np.append(whole.positions_T, np.arange(missing)),
+            lengths_N=(*whole.lengths_N, missing),
+            signals={},
+            branches_N=(*whole.branches_N, (missing,)) if whole.branches_N else whole.branches_N,
         )
+
+    def cut(self, filled: MicroBatch) -> MicroBatch:
+        """This process's part of a row: its tokens, labels, weights and positions; `lengths_N` stays that of the whole."""
+        length = len(filled.ids_T) // self.size
+        here = slice(self.rank * length, (self.rank + 1) * length)
+        return replace(
+            filled,
+            ids_T=filled.ids_T[here],
+            labels_T=filled.labels_T[here],
+            weights_T=filled.weights_T[here],
+            positions_T=filled.positions_T[here],
+            signals={},
+        )
+
+    def part(self, whole: Tensor, dim: int) -> Tensor:
+        """This process's part of what belongs to the tokens of a filled row."""
+        return whole.chunk(self.size, dim)[self.rank]
 
     def own_part(self, values_T: Tensor) -> Tensor:
         """The values of this process's tokens, 0 for those that fill up the row."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.utils.checkpoint import checkpoint
 
 from posttrain.config.schema import EngineOptions
+from posttrain.distributed.offload import ActivationOffload
 from posttrain.distributed.world import World
 from posttrain.models.attention import leave_uncompiled
 from posttrain.models.policy import Policy
@@ -35,17 +37,23 @@ def prepare(
     *,
     recompute_every: int | None = None,
     compile_blocks: bool = False,
+    offload_inputs: bool = False,
 ) -> Policy:
-    """The policy ready for its weights: every `recompute_every`-th block recomputed, `dtype` for forward and backward.
+    """The policy ready for its weights: every `recompute_every`-th block recomputed, its inputs meanwhile in the host's
+    memory where `offload_inputs` says so, `dtype` for forward and backward. Of a vision tower all blocks are recomputed or none,
+    and none is compiled: their rows are as long as images are large.
 
     On a mesh FSDP2 shards weights, gradients and optimizer states block by block. Gradients are summed over processes, not
     averaged: the loss is divided by its number of tokens already.
     """
+    offload = ActivationOffload(world.device) if offload_inputs and world.device.has_own_memory else None
     for number, block in enumerate(policy.blocks):
         forward = torch.compile(block.forward, dynamic=True) if compile_blocks else block.forward
         if recompute_every is not None and number % recompute_every == 0:
-            forward = partial(_recomputed, block, forward)
+            forward = partial(_recomputed, block, forward, offload)
         block.forward = forward
+    for block in policy.vision_blocks if recompute_every is not None else []:
+        block.forward = partial(_recomputed, block, block.forward, None)
     if compile_blocks:
         leave_uncompiled()
     if world.mesh is None:
@@ -53,16 +61,20 @@ def prepare(
         policy.lm.tie_weights()  # where a device's tensors cannot take the place of the CPU's, `to` makes one of each name
         return policy
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    offload = CPUOffloadPolicy(pin_memory=world.device.has_own_memory) if layout.param_offload else OffloadPolicy()
-    for block in policy.blocks:
+    weights_offload = (
+        CPUOffloadPolicy(pin_memory=world.device.knows_pinned) if layout.param_offload else OffloadPolicy()
+    )
+    for block in (*policy.vision_blocks, *policy.blocks):
         fully_shard(
             block,
             mesh=world.mesh,
             mp_policy=precision,
-            offload_policy=offload,
+            offload_policy=weights_offload,
             reshard_after_forward=layout.reshard_after_forward,
         )
-    fully_shard(policy, mesh=world.mesh, mp_policy=precision, offload_policy=offload, reshard_after_forward=False)
+    fully_shard(
+        policy, mesh=world.mesh, mp_policy=precision, offload_policy=weights_offload, reshard_after_forward=False
+    )
     register_fsdp_forward_method(policy, "reference_logprobs")
     for module in policy.modules():
         if isinstance(module, FSDPModule):
@@ -103,12 +115,19 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def like(shard: Tensor, parameter: Tensor) -> Tensor:
-    """A local tensor as the same part of a sharded one as the parameter's."""
+    """A local tensor as the same part of a sharded one as the parameter's: of as many rows, which may have other columns.
+
+    It shares the tensor's memory wherever that is: what a checkpoint reads into it reaches what is offloaded too.
+    """
     if not isinstance(parameter, DTensor):
         return shard
-    return DTensor.from_local(
-        shard, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
+    shape = torch.Size((parameter.shape[0], *shard.shape[1:]))
+    stride = torch.empty(shape, device="meta").stride()
+    # from_local would copy what is in the host's memory to the device
+    outline = DTensor.from_local(
+        shard.to("meta"), parameter.device_mesh, parameter.placements, shape=shape, stride=stride
     )
+    return DTensor(shard, outline._spec, requires_grad=False)
 
 
 def whole(tensor: Tensor, device: torch.device) -> Tensor:
@@ -138,8 +157,11 @@ def at_rest(policy: Policy) -> None:
             module.reshard()
 
 
-def _recomputed(block: nn.Module, forward: Callable[..., Tensor], *inputs: Any, **options: Any) -> Any:
+def _recomputed(
+    block: nn.Module, forward: Callable[..., Tensor], offload: ActivationOffload | None, *inputs: Any, **options: Any
+) -> Any:
     """The block's output, from its inputs again in the backward pass. Around what is compiled, which could not hold it."""
     if not block.training:
         return forward(*inputs, **options)
-    return checkpoint(forward, *inputs, use_reentrant=False, **options)
+    with offload.around() if offload else nullcontext():  # inside, checkpoint keeps nothing but the inputs
+        return checkpoint(forward, *inputs, use_reentrant=False, **options)

@@ -19,6 +19,7 @@ from posttrain.distributed.device import Device
 from posttrain.distributed.sequence import Sequence
 from posttrain.distributed.watchdog import Watchdog
 from posttrain.errors import InputError, RunError
+from posttrain.wording import counted
 
 T = TypeVar("T")
 # the first process may tokenize for hours while the others wait; what hangs is found by the watchdog
@@ -189,7 +190,7 @@ def _checked_sizes(layout: EngineOptions, size: int) -> int:
     for option, number in wanted.items():
         if size % number:
             raise InputError(
-                f"{option}={number} does not divide the {size} {'process' if size == 1 else 'processes'} of this run. Start "
+                f"{option}={number} does not divide the {counted(size, 'process', 'processes')} of this run. Start "
                 f"a multiple of {number} (trainer.n_gpus_per_node), or choose a divisor of {size}."
             )
     return wanted["engine.fsdp_size"]

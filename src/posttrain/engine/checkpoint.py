@@ -103,9 +103,13 @@ class Checkpoints:
         except (torch.OutOfMemoryError, dist.DistError):  # of this process or another, not of the files
             raise
         except (CheckpointException, OSError, RuntimeError, ValueError) as error:
-            raise InputError(
-                f"{path} cannot be loaded: {_cause(error)}. Delete this folder to resume from the one before it."
-            ) from None
+            cause = _cause(error)
+            what_next = (
+                "It was written with another optim.optimizer; use the same, or another trainer.default_local_dir."
+                if "Missing key in checkpoint" in cause
+                else "Delete this folder to resume from the one before it."
+            )
+            raise InputError(f"{path} cannot be loaded: {cause}. {what_next}") from None
         engine.step = progress.updates
         return progress
 

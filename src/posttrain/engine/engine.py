@@ -21,8 +21,10 @@ from posttrain.distributed.world import World, seed_all
 from posttrain.engine.optimizer import AdamW, StepReport
 from posttrain.losses.loss import Loss, Scored
 from posttrain.models.attention import Documents
+from posttrain.models.four_bit import four_bit_layers, unpacked
 from posttrain.models.lora import Adapters, base_weights, is_adapter_weight, merged_weights, without_adapters
 from posttrain.models.policy import Policy
+from posttrain.models.vision import Images
 from posttrain.records import MicroBatch
 
 
@@ -106,8 +108,11 @@ class Engine:
 
     def num_weights(self) -> tuple[int, int]:
         """Those that are trained, and all."""
-        parameters = [(p.numel(), p.requires_grad) for p in self.policy.lm.parameters()]
-        return sum(number for number, trained in parameters if trained), sum(number for number, _ in parameters)
+        packed = four_bit_layers(self.policy.lm)
+        every = {name: p for name, p in self.policy.lm.named_parameters() if name not in packed}
+        trained = sum(p.numel() for p in every.values() if p.requires_grad)
+        in_4bit = sum(layer.in_features * layer.out_features for layer in packed.values())
+        return trained, sum(p.numel() for p in every.values()) + in_4bit
 
     def skip_step(self) -> None:
         """Count a step in which there was nothing to learn."""
@@ -126,14 +131,12 @@ class Engine:
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The plain model's whole weights, adapters merged in, one at a time, on every process."""
-        device = self.world.device.torch_device
-        weights = ((name, whole(weight, device)) for name, weight in self.policy.lm.state_dict().items())
+        weights = self._whole_weights()
         return merged_weights(self.policy.lm, weights) if self.adapters else weights
 
     def named_base_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The same without the adapters."""
-        device = self.world.device.torch_device
-        return base_weights((name, whole(weight, device)) for name, weight in self.policy.lm.state_dict().items())
+        return base_weights(self._whole_weights())
 
     def named_adapter(self) -> Iterator[tuple[str, Tensor]]:
         """The whole adapter weights by their own names, one at a time, on every process."""
@@ -146,6 +149,10 @@ class Engine:
         for name, parameter in self.policy.lm.named_parameters():
             if parameter.grad is not None:
                 yield name, whole(parameter.grad, self.world.device.torch_device)
+
+    def _whole_weights(self) -> Iterator[tuple[str, Tensor]]:
+        lm, device = self.policy.lm, self.world.device.torch_device
+        return unpacked(lm, ((name, whole(weight, device)) for name, weight in lm.state_dict().items()))
 
     def _begin(self, index: int, micro_batches: Sequence[MicroBatch]) -> None:
         self.world.watchdog.beat(part=f"micro-batch {index + 1} of {len(micro_batches)}")
@@ -166,22 +173,43 @@ class Engine:
         Processes that share a row each compute a part of it, and all get the whole: a loss may need whole sequences.
         """
         device, sequence = self.world.device.torch_device, self.world.sequence
-        part = sequence.cut(micro_batch) if sequence else micro_batch
+        row = sequence.filled(micro_batch) if sequence else micro_batch
+        part = sequence.cut(row) if sequence else row
         counting_S = np.flatnonzero(part.weights_T)
         if not len(counting_S):
             counting_S = np.zeros(1, dtype=np.int64)  # a part without any takes part with one token of weight 0
-        ids_T, positions_T, labels_T, chosen_S = (
+        labels_T, chosen_S = (
             torch.from_numpy(array).to(device, non_blocking=True)
-            for array in (part.ids_T, part.positions_T, np.maximum(part.labels_T, 0), counting_S)
+            for array in (np.maximum(part.labels_T, 0), counting_S)
         )
-        documents = Documents.of(part.lengths_N, device, sequence, part.branches_N)
+        ids_T, positions_T, images = self._read(row, part, device)
+        seen_whole = images.seen_whole if images else ()
+        documents = Documents.of(part.lengths_N, device, sequence, part.branches_N, seen_whole)
         if slope_T is not None and sequence:
             slope_T = sequence.own_part(slope_T)
         slope_S = None if slope_T is None else slope_T[chosen_S]
-        logprobs_S, entropies_S = self.policy(ids_T, positions_T, labels_T, chosen_S, documents, slope_S, entropies)
+        logprobs_S, entropies_S = self.policy(
+            ids_T, positions_T, labels_T, chosen_S, documents, slope_S, entropies, images
+        )
 
         def whole_row(values_S: Tensor) -> Tensor:
-            values_T = torch.zeros(len(ids_T), device=device).index_copy(0, chosen_S, values_S)
+            values_T = torch.zeros(len(labels_T), device=device).index_copy(0, chosen_S, values_S)
             return sequence.join(values_T, len(micro_batch.ids_T)) if sequence else values_T
 
         return whole_row(logprobs_S), None if entropies_S is None else whole_row(entropies_S)
+
+    def _read(self, row: MicroBatch, part: MicroBatch, device: torch.device) -> tuple[Tensor, Tensor, Images | None]:
+        """Ids, positions and images on the device: of this process's part, or of the whole row where it holds images."""
+        if row.images is None or self.policy.vision is None:
+            ids_T, positions_T = (
+                torch.from_numpy(a).to(device, non_blocking=True) for a in (part.ids_T, part.positions_T)
+            )
+            return ids_T, positions_T, None
+        arrays = self.policy.vision.taken(row.images())
+        ids_T = torch.from_numpy(row.ids_T)
+        positions_AT = self.policy.vision.positions(ids_T, row.lengths_N, arrays)
+        return (
+            ids_T.to(device, non_blocking=True),
+            positions_AT.to(device, non_blocking=True),
+            Images(arrays, device, self.policy.vision.seen_whole(ids_T, row.lengths_N, device)),
+        )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from posttrain.engine.engine import Engine
 from posttrain.errors import RunError
+from posttrain.models.load import model_class
 from posttrain.models.lora import ADAPTER_FOLDER, save_adapter
 from posttrain.run.folder import put_in_place
 
@@ -25,8 +26,16 @@ def assemble(engine: Engine, dtype: torch.dtype, device: torch.device | None = N
     return _assemble(engine, ((name, weight.to(device, dtype)) for name, weight in engine.named_weights()))
 
 
-def export(engine: Engine, tokenizer: Any, folder: Path, dtype: torch.dtype, end_ids: Iterable[int]) -> None:
-    """Write the model, its tokenizer and its chat template to `folder`, in `dtype`. Every process must call this.
+def export(
+    engine: Engine,
+    tokenizer: Any,
+    folder: Path,
+    dtype: torch.dtype,
+    end_ids: Iterable[int],
+    processor: Any | None = None,
+) -> None:
+    """Write the model, its tokenizer and its chat template to `folder`, in `dtype`, with the processor of its images if it has
+    one. Every process must call this.
 
     `end_ids` are the tokens that ended turns in training; generation stops at them. Raises RunError; what was in the
     folder stays until the new model is complete.
@@ -36,6 +45,9 @@ def export(engine: Engine, tokenizer: Any, folder: Path, dtype: torch.dtype, end
 
     def write(aside: Path) -> None:
         _write(_assemble(engine, weights.items()), tokenizer, aside, set(end_ids))
+        if processor is not None:
+            processor.tokenizer, processor.chat_template = tokenizer, tokenizer.chat_template
+            processor.save_pretrained(aside)
         if engine.adapters:
             save_adapter(aside / ADAPTER_FOLDER, engine.adapters, adapter)
 
@@ -60,10 +72,10 @@ def _assemble(engine: Engine, weights: Iterable[tuple[str, Tensor]]) -> Any:
     model = _unfilled(source.config)
     model.load_state_dict(dict(weights), assign=True)
     model.tie_weights()
-    kept = dict(model.named_parameters())
-    device, dtype = next(iter(kept.values())).device, next(iter(kept.values())).dtype
+    first, own = next(model.parameters()), dict(model.named_buffers())
+    device, dtype = first.device, first.dtype
     for name, buffer in source.named_buffers():
-        if name not in kept:  # rotary frequencies are in no state dict
+        if name in own:  # rotary frequencies are in no state dict
             owner, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(owner), attribute, buffer.detach().to(device))
     model.config.dtype = dtype
@@ -74,13 +86,12 @@ def _assemble(engine: Engine, weights: Iterable[tuple[str, Tensor]]) -> Any:
 
 def _unfilled(config: Any) -> Any:
     """A model whose weights are yet to come: without memory, where its code can make it so."""
-    from transformers import AutoModelForCausalLM
-
+    make = model_class(config).from_config
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(deepcopy(config))
+            return make(deepcopy(config))
     except Exception:  # code of its own, which may need values that are not there: what is wrong else, is so again
-        return AutoModelForCausalLM.from_config(deepcopy(config))
+        return make(deepcopy(config))
 
 
 def _write(model: Any, tokenizer: Any, folder: Path, end_ids: set[int]) -> None:

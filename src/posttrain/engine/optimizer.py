@@ -58,6 +58,9 @@ class AdamW:
     @cached_property
     def moments(self) -> dict[str, dict[str, Tensor]]:
         """AdamW's averages and step counts by name; made when first needed, which evaluation never does."""
+        return self._fresh(self.shards)
+
+    def _fresh(self, shards: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         device = self.world.device
         return {
             name: {
@@ -65,7 +68,7 @@ class AdamW:
                 "exp_avg": device.zeros_like(shard, self.home),
                 "exp_avg_sq": device.zeros_like(shard, self.home),
             }
-            for name, shard in self.shards.items()
+            for name, shard in shards.items()
         }
 
     def step(self, step: int) -> StepReport:
@@ -78,7 +81,7 @@ class AdamW:
         scale = torch.where(over > 1, over, 1.0)
         lr = self.rate(step)
         if self.world.device.fused_adamw_clips or not skipped:  # the second question waits for the norm
-            self._move_all(gradients, scale, skipped, lr)
+            self._move_all(gradients, scale, skipped, lr, step)
         for parameter in self.parameters.values():
             parameter.grad = None
         return StepReport(norm, skipped, lr, time.perf_counter() - started)
@@ -91,7 +94,7 @@ class AdamW:
             for key, value in moments.items()
         }
 
-    def _move_all(self, gradients: dict[str, Tensor], scale: Tensor, skipped: Tensor, lr: float) -> None:
+    def _move_all(self, gradients: dict[str, Tensor], scale: Tensor, skipped: Tensor, lr: float, step: int) -> None:
         move = self._move_streaming if self.streams else self._move
         for decays in (True, False):
             names = [name for name in gradients if (self.parameters[name].dim() >= 2) == decays]

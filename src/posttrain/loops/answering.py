@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
 
 from posttrain.config.schema import ToolOptions
 from posttrain.data.chat import ChatTokenizer
+from posttrain.data.encoded import EncodedImage
 from posttrain.data.formats import Columns, RowError, conversation_of, prompt_of
+from posttrain.data.images.names import question_of, reference_of
 from posttrain.data.provenance.messages import texts_of
 from posttrain.data.sources import Row
 from posttrain.data.tokenized import Report
@@ -36,6 +38,24 @@ class Problem:
     conversation: Conversation
     prompt_ids_T: np.ndarray
     place: str = ""  # file and row
+    images: tuple[EncodedImage, ...] = ()  # where they stand among the ids
+
+    def request(self, key: tuple[int, ...], max_new_tokens: int) -> Request:
+        """One answer to it. All requests name the same images, so that each is read once."""
+        sources = tuple(image.source for image in self.images)
+        return Request(self.prompt_ids_T, key, max_new_tokens, images=sources)
+
+    def cut(self, begin: int, end: int) -> Problem | None:
+        """With these tokens of the prompt alone; None where an image is not wholly among them."""
+        if any(image.begin < begin or image.end > end for image in self.images):
+            return None
+        images = tuple(replace(i, begin=i.begin - begin, end=i.end - begin) for i in self.images)
+        return replace(self, prompt_ids_T=self.prompt_ids_T[begin:end], images=images)
+
+    @property
+    def question(self) -> str:
+        """What it asks last, to show to a person."""
+        return question_of(prompt_of(self.conversation.messages), self.images)
 
     @property
     def ground_truth(self) -> str | None:
@@ -54,10 +74,16 @@ class Answer:
     completion: Completion
     ground_truth: str | None
     score: Score
+    images: tuple[EncodedImage, ...] = ()
 
     @property
     def verdict(self) -> Verdict:
         return self.score.verdict
+
+    @property
+    def question(self) -> str:
+        """What was asked last, to show to a person."""
+        return question_of(prompt_of(self.conversation.messages), self.images)
 
     def as_record(self) -> dict[str, object]:
         """A line of evaluation.jsonl."""
@@ -70,6 +96,8 @@ class Answer:
             "num_tokens": self.completion.num_trained,
             "cut": not self.completion.stopped,
         }
+        if self.images:
+            record["images"] = [reference_of(image.source) for image in self.images]
         if len(self.score.parts) > 1:
             record["rewards"] = self.score.parts
         if self.score.problem is not None:
@@ -94,9 +122,12 @@ def read_problems(
         report.rows_read += 1
         advance(1)
         try:
-            conversation = conversation_of(row.values, columns)
+            conversation = conversation_of(row.values, columns, row.folder)
             conversation = tools.offered_in(conversation) if tools else conversation
-            problems.append(Problem(conversation, chat.prompt_ids(conversation), row.place))
+            prompt = chat.prompt(replace(conversation, messages=prompt_of(conversation.messages)))
+            if prompt.images:  # as they were found: with their sizes, and with what was fetched
+                conversation = replace(conversation, images=tuple(image.source for image in prompt.images))
+            problems.append(Problem(conversation, prompt.ids_T, row.place, prompt.images))
         except RowError as error:
             report.drop(error.kind, f"{row.place}: {error}")
     return problems, report
@@ -108,6 +139,15 @@ def check_prompts_whole(options: ToolOptions, truncation: str) -> None:
         raise InputError(
             f"data.truncation={truncation} cuts prompts, and with tools.functions a prompt is rendered anew, whole, for each turn. "
             "Choose data.truncation=drop or error."
+        )
+
+
+def check_engine_sees(rollout: str, chat: ChatTokenizer) -> None:
+    """Raise InputError where the model sees images, and the engine that is to answer is given text alone."""
+    if rollout == "vllm" and chat.images is not None:
+        raise InputError(
+            f"rollout.name=vllm: {chat.tokenizer.name_or_path} sees images, and vLLM is given models of text alone. Choose "
+            "rollout.name=transformers, which answers prompts with and without images."
         )
 
 
@@ -164,7 +204,7 @@ def answer_all(
 def requests_for(problems: Sequence[Problem], answers: int, max_new_tokens: int, *key: int) -> list[Request]:
     """So many answers to each problem, next to each other; their noise is a function of `key`, problem and number."""
     return [
-        Request(problem.prompt_ids_T, (*key, number, answer), max_new_tokens)
+        problem.request((*key, number, answer), max_new_tokens)
         for number, problem in enumerate(problems)
         for answer in range(answers)
     ]
@@ -194,7 +234,7 @@ def judge_all(
     asked = [answered(*pair) for pair in zip(problems, completions, strict=True)]
     scores = _dealt(asked, lambda share: scorer.score(share, advance), world)
     return [
-        Answer(problem.conversation, completion, problem.ground_truth, score)
+        Answer(problem.conversation, completion, problem.ground_truth, score, problem.images)
         for problem, completion, score in zip(problems, completions, scores, strict=True)
     ]
 

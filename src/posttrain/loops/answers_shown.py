@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from posttrain.data.formats import prompt_of
+from posttrain.data.images.names import reference_of
 from posttrain.errors import RunError
 from posttrain.loops.experience import Experience
 from posttrain.losses.advantage import groups
@@ -26,7 +27,7 @@ def show_answers(found: Experience, step: int, display: Display, folder: RunFold
     if not len(found):
         return
     members = max(groups(found.prompts_N), key=lambda group: _spread(found.rewards_N[group]))
-    display.say(f"step {step}: {_short(_question(found, members[0]))}")
+    display.say(f"step {step}: {_short(found.problems[members[0]].question)}")
     known = [i for i in members if not np.isnan(found.rewards_N[i])] or [members[0]]
     best, worst = max(known, key=lambda i: found.rewards_N[i]), min(known, key=lambda i: found.rewards_N[i])
     for i in dict.fromkeys((best, worst)):
@@ -52,6 +53,7 @@ def record(found: Experience, i: int) -> dict[str, Any]:
     return {
         "row": int(found.prompts_N[i]),
         "prompt": prompt_of(problem.conversation.messages),
+        **({"images": [reference_of(image.source) for image in problem.images]} if problem.images else {}),
         "text": completion.text,
         "reward": reward if reward == reward else None,
         "verdict": str(score.verdict),
@@ -75,11 +77,6 @@ def _written(piece: Completion, known: bool) -> dict[str, Any]:
         **({"logprobs": logprobs} if known else {}),
         **({"trained": trained} if not all(trained) else {}),
     }
-
-
-def _question(found: Experience, i: int) -> str:
-    content = prompt_of(found.problems[i].conversation.messages)[-1].get("content")
-    return content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
 
 
 def _short(text: str) -> str:

@@ -22,6 +22,7 @@ from posttrain.loops.answering import (
     Answer,
     Answerer,
     answer_all,
+    check_engine_sees,
     check_judged,
     judge_all,
     open_tools,
@@ -60,6 +61,7 @@ def _answers(
     config: Config, files: Sequence[str], option: str, limit: int | None, judged: bool = False
 ) -> tuple[list[Answer], bool]:
     """Answers on every process; the last value is true on the one that writes."""
+    _check_whole(config.model.lora_adapter_path)
     data = config.data
     device = choose_device(config.trainer.device)
     with (
@@ -70,6 +72,7 @@ def _answers(
     ):
         scorer = world.everyone(lambda: opened.enter_context(open_scorer(config.reward)))
         chat = world.everyone(chat_maker(config))
+        check_engine_sees(config.rollout.name, chat)
         tools = opened.enter_context(open_tools(config.tools, chat, world))
         sources = world.everyone(lambda: find_sources(list(files), option, data.val_split, data.hub_config))
         problems, report = world.everyone(
@@ -88,7 +91,9 @@ def _answers(
         options = config.rollout
         model = _model(config, world)
         logs = Path(config.trainer.default_local_dir) if config.rollout.name == "vllm" else Path()
-        rollout = opened.enter_context(open_rollout(config, model, lambda: model, chat.tokenizer, [], world, logs))
+        rollout = opened.enter_context(
+            open_rollout(config, model, lambda: model, chat.tokenizer, [], world, logs, images=chat.images)
+        )
         if options.name == "vllm":
             watchdog.beat("handing over weights", patient=True)
             give(iter(model.state_dict().items()), rollout.take, world)
@@ -120,6 +125,18 @@ def _about_rewards(answers: list[Answer]) -> Iterator[str]:
     problems = [answer.score.problem for answer in answers if answer.score.problem is not None]
     if problems:
         yield f"{len(problems):,} answers could not be told, such as: {problems[0]}"
+
+
+def _check_whole(adapter: str | None) -> None:
+    """Raise InputError where an adapter is to answer, without which the model would answer as it was before."""
+    if adapter is None:
+        return
+    merged = Path(adapter).parent
+    found = f"{merged}" if (merged / "config.json").exists() else "the checkpoint-final of a run of posttrain"
+    raise InputError(
+        f"model.lora_adapter_path={adapter}: answers are written by whole models, not by a model with an adapter beside it. Give the "
+        f"one that has it merged, {found}, by --model."
+    )
 
 
 def _model(config: Config, world: World) -> Any:

@@ -14,7 +14,7 @@ from posttrain.config.schema import AlgorithmOptions
 from posttrain.loops.answering import Problem
 from posttrain.losses.advantage import groups, has_signal
 from posttrain.losses.aggregation import token_weights
-from posttrain.records import Completion, Sample
+from posttrain.records import Completion, ImageSource, Sample
 from posttrain.rewards.score import Score
 from posttrain.rewards.verdict import Verdict
 
@@ -184,8 +184,9 @@ def plan_updates(
     return updates
 
 
-def samples_of(row: int, completion: Completion) -> list[Sample]:
-    """What can be learnt from one answer: a sample for each of its pieces, trained where the model wrote."""
+def samples_of(row: int, completion: Completion, images: tuple[ImageSource, ...] = ()) -> list[Sample]:
+    """What can be learnt from one answer to a prompt with these images: a sample for each of its pieces, trained where the model
+    wrote."""
     samples = []
     for piece in completion.pieces:
         prompt_T = np.zeros(len(piece.prompt_ids_T), dtype=np.float32)
@@ -197,7 +198,7 @@ def samples_of(row: int, completion: Completion) -> list[Sample]:
             drawn = [np.zeros(len(s.ids_T)) if s.logprobs_T is None else s.logprobs_T for s in piece.segments]
             signals["rollout_logprobs"] = np.concatenate([prompt_T, *drawn]).astype(np.float32)
         if weights_T[1:].any():
-            samples.append(Sample(row, ids_T, weights_T, signals, len(piece.prompt_ids_T)))
+            samples.append(Sample(row, ids_T, weights_T, signals, len(piece.prompt_ids_T), images))
     return samples
 
 

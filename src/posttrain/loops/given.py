@@ -75,6 +75,11 @@ def _rows(records: list[dict[str, Any]], path: str, data: PromptData, answers: i
 
 def _completion(record: dict[str, Any], row: int, where: str, data: PromptData) -> Completion:
     *earlier, last = _pieces(record, row, where, data)
+    images, own = data.chat.images, [s.ids_T for piece in (*earlier, last) for s in piece.segments]
+    if images and any((ids_T == images.token_id).any() for ids_T in own):
+        raise InputError(
+            f"{where}: the answer holds the token id {images.token_id}, which stands for a piece of an image; answers are text."
+        )
     ids = [token for segment in last.segments for token in segment.ids_T.tolist()]
     text = next((record[key] for key in TEXT_KEYS if key in record), None)
     if text is None:

@@ -7,11 +7,19 @@ from functools import partial
 
 from posttrain.config.checks import check_grpo
 from posttrain.config.schema import Config
+from posttrain.data.images.loader import ImageLoader
 from posttrain.engine.build import build_engine, build_reference
 from posttrain.engine.engine import Engine
 from posttrain.engine.export import assemble
 from posttrain.errors import RunError
-from posttrain.loops.answering import LOOKED_AT, Answerer, check_judged, check_prompts_whole, open_tools
+from posttrain.loops.answering import (
+    LOOKED_AT,
+    Answerer,
+    check_engine_sees,
+    check_judged,
+    check_prompts_whole,
+    open_tools,
+)
 from posttrain.loops.answers_shown import show_answers
 from posttrain.loops.given import read_completions
 from posttrain.loops.learner import Learner
@@ -41,6 +49,7 @@ def grpo(config: Config, resolved_yaml: str, gradients_to: str | None = None, co
     ):
         scorer = world.everyone(lambda: opened.enter_context(open_scorer(config.reward)))
         chat = world.everyone(chat_maker(config))
+        check_engine_sees(config.rollout.name, chat)
         tools = opened.enter_context(open_tools(config.tools, chat, world))
         data = open_prompts(config, chat, tools, world, display)
         if completions is not None:
@@ -53,7 +62,7 @@ def grpo(config: Config, resolved_yaml: str, gradients_to: str | None = None, co
         engine = build_engine(
             config.model, config.engine, config.optim, sum(updates_of(data.schedule, config)), world, dtype,
             packing=config.data.packing, seed=config.trainer.seed, temperature=config.rollout.temperature or 1.0,
-            dropout=False,
+            dropout=False, images=data.images,
         )  # fmt: skip
         reference = build_reference(engine, config.model, config.engine, dtype) if config.algorithm.kl_coef else None
         make_model = partial(assemble, engine, dtype, world.device.torch_device)
@@ -66,9 +75,11 @@ def grpo(config: Config, resolved_yaml: str, gradients_to: str | None = None, co
             world,
             run.folder.path,
             adapter_rank(engine),
+            chat.images,
         ) as rollout:
             run.resume(engine)
-            learner = Learner(config, engine, reference)
+            loader = ImageLoader(data.images) if data.images else None
+            learner = Learner(config, engine, reference, loader)
             answers = StepAnswers(Answerer(rollout, tools, config.data.max_length), scorer, data, config, world)
             if gradients_to is not None:
                 hand_over(engine, rollout)

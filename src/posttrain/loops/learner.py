@@ -11,12 +11,14 @@ import numpy as np
 import torch
 
 from posttrain.config.schema import AlgorithmOptions, Config
+from posttrain.data.images.loader import ImageLoader
 from posttrain.engine.engine import Engine, LossReport
 from posttrain.errors import RunError
 from posttrain.loops.experience import Experience, Update, plan_updates, samples_of
 from posttrain.loops.policy_batches import Limits, micro_batches, with_logprobs
 from posttrain.loops.prompts import parts_of
 from posttrain.loops.step_log import StepWork
+from posttrain.loops.training_data import trains_vision
 from posttrain.losses.advantage import advantages, groups
 from posttrain.losses.divergence import DIVERGENCES
 from posttrain.losses.grpo import PolicyGradient
@@ -28,7 +30,7 @@ OLD, REFERENCE = "old_logprobs", "reference_logprobs"
 class Learner:
     """An engine that learns from its own answers. Every process must call every method, with the same answers."""
 
-    def __init__(self, config: Config, engine: Engine, reference: Engine | None):
+    def __init__(self, config: Config, engine: Engine, reference: Engine | None, loader: ImageLoader | None = None):
         self.engine, self.reference = engine, reference
         self.algorithm, self.seed = config.algorithm, config.trainer.seed
         self.mini_batch_size = config.algorithm.ppo_mini_batch_size or config.data.train_batch_size
@@ -40,7 +42,8 @@ class Learner:
         sharing = config.engine.ulysses_sequence_parallel_size
         max_rows = data.micro_batch_size_per_gpu if data.packing else 1
         share = data.packing and engine.world.device.shares_prompts
-        self.limits = Limits(max_rows, max_tokens and max_tokens * sharing, share)
+        self.limits = Limits(max_rows, max_tokens and max_tokens * sharing, share, loader)
+        self.trains_vision = loader is not None and trains_vision(config.model)
         gradient = policy_gradient(config.algorithm)
         self.loss = gradient.loss()
         self.loss_of_all = bool(gradient.kl_coef or gradient.entropy_coef)  # answers without advantage too
@@ -68,7 +71,10 @@ class Learner:
         """This process's micro-batches of each update."""
         if self.algorithm.filter_groups:
             found = found.taken(found.signal_N).first_groups(num_prompts)
-        samples = {i: samples_of(i, completion) for i, completion in enumerate(found.completions)}
+        samples = {
+            i: samples_of(i, completion, tuple(image.source for image in problem.images))
+            for i, (problem, completion) in enumerate(zip(found.problems, found.completions, strict=True))
+        }
         if self.reference:
             samples = self._scored(samples, REFERENCE)
         if self.algorithm.kl_coef and self.algorithm.kl_in == "reward":
@@ -80,10 +86,14 @@ class Learner:
         moved = dict.fromkeys(i for update in later for i in update.numbers)
         missing = {i: samples[i] for i in moved if not all(OLD in sample.signals for sample in samples[i])}
         samples |= self._scored(missing, OLD) if missing else {}
-        return [
-            (micro_batches(_weighted(update, samples, gains_N), self.limits, self.engine.world), update)
-            for update in updates
-        ]
+        batches = [self._packed(update, _weighted(update, samples, gains_N)) for update in updates]
+        if self.limits.loader:
+            self.limits.loader.expect(micro_batch for batch in batches for micro_batch in batch)
+        return list(zip(batches, updates, strict=True))
+
+    def _packed(self, update: Update, samples: Sequence[Sample]) -> list[MicroBatch]:
+        moves = self.trains_vision and bool(update.numbers)
+        return micro_batches(samples, self.limits, self.engine.world, moves)
 
     def _plan(self, found: Experience, step: int, num_prompts: int) -> tuple[list[Update], np.ndarray]:
         algorithm = self.algorithm

@@ -11,31 +11,57 @@ from itertools import groupby
 import numpy as np
 
 from posttrain.data.batches import pack_answers, split
+from posttrain.data.images.loader import ImageLoader
 from posttrain.distributed.world import World
 from posttrain.engine.engine import Engine
+from posttrain.loops.training_data import seeing
 from posttrain.records import MicroBatch, Sample
 
 
 @dataclass(frozen=True)
+class Part:
+    """A micro-batch to be: the numbers of the samples in each of its documents, and whether the vision tower runs for it."""
+
+    documents: list[list[int]]
+    sees: bool
+
+
+@dataclass(frozen=True)
 class Limits:
-    """Of one micro-batch: samples and tokens. `share`: answers to one prompt, next to each other, go through the model with it once."""
+    """Of one micro-batch: samples and tokens. `share`: answers to one prompt, next to each other, go through the model with it once.
+
+    With `loader`, which reads images and which a run on text has not, each answer brings its prompt.
+    """
 
     max_rows: int | None
     max_tokens: int | None
     share: bool
+    loader: ImageLoader | None = None
 
-    def micro_batches(self, samples: Sequence[Sample], world: World) -> list[list[list[int]]]:
-        """Numbers of the samples in each document of each of this process's micro-batches."""
+    def parts(self, samples: Sequence[Sample], world: World, trains_vision: bool = False) -> list[Part]:
+        """This process's micro-batches; `trains_vision` as of `seeing`."""
         documents = self._documents(samples)
         lengths = [_num_tokens([samples[i] for i in document]) for document in documents]
         if self.max_tokens is not None:  # an answer is as long as it is; one over the limit goes alone
             lengths = [min(length, self.max_tokens) for length in lengths]
-        parts = split(lengths, world.num_readers, self.max_rows, self.max_tokens)[world.reader]
-        return [[documents[number] for number in part] for part in parts]
+        readers = split(lengths, world.num_readers, self.max_rows, self.max_tokens)
+        own = [[documents[number] for number in part] for part in readers[world.reader]]
+        sees = seeing(samples, readers, world, trains_vision) if self.loader else [False] * len(own)
+        return [Part(*pair) for pair in zip(own, sees, strict=True)]
+
+    def packed(self, samples: Sequence[Sample], parts: Sequence[Part]) -> list[MicroBatch]:
+        """The micro-batches; their images are read when they are asked for, or expected."""
+        groups = [[[samples[i] for i in document] for document in part.documents] for part in parts]
+        if self.loader is None:
+            return [pack_answers(group) for group in groups]
+        return [
+            self.loader.pack([sample for (sample,) in group], part.sees)
+            for group, part in zip(groups, parts, strict=True)
+        ]
 
     def _documents(self, samples: Sequence[Sample]) -> list[list[int]]:
         """Samples that share a prompt, no more than fit."""
-        if not self.share or self.max_rows is not None:
+        if not self.share or self.max_rows is not None or self.loader is not None:
             return [[i] for i in range(len(samples))]
         documents: list[list[int]] = []
         for _, same in groupby(range(len(samples)), key=lambda i: _prompt(samples[i], i)):
@@ -49,9 +75,11 @@ class Limits:
         return documents
 
 
-def micro_batches(samples: Sequence[Sample], limits: Limits, world: World) -> list[MicroBatch]:
-    """This process's part of the samples."""
-    return [_packed(samples, documents) for documents in limits.micro_batches(samples, world)]
+def micro_batches(
+    samples: Sequence[Sample], limits: Limits, world: World, trains_vision: bool = False
+) -> list[MicroBatch]:
+    """This process's part of the samples; `trains_vision` as of `seeing`."""
+    return limits.packed(samples, limits.parts(samples, world, trains_vision))
 
 
 def with_logprobs(
@@ -59,12 +87,15 @@ def with_logprobs(
 ) -> list[Sample]:
     """The samples with the log-probabilities that the engine gives them now, as a signal. Every process must call this."""
     world = engine.world
-    parts = limits.micro_batches(samples, world)
+    parts = limits.parts(samples, world)
+    batches = limits.packed(samples, parts)
+    if limits.loader:
+        limits.loader.expect(batches)
     found: dict[int, np.ndarray] = {}
-    outputs = engine.forward([_packed(samples, documents) for documents in parts], adapters)
-    for documents, logprobs_T in zip(parts, outputs, strict=True):
+    outputs = engine.forward(batches, adapters)
+    for part, logprobs_T in zip(parts, outputs, strict=True):
         end = 0
-        for document in documents:
+        for document in part.documents:
             shared = samples[document[0]].prompt_length - 1 if len(document) > 1 else 0
             end += shared
             for i in document:
@@ -74,10 +105,6 @@ def with_logprobs(
     for others in world.gather(found if world.counts else {}):
         found |= others
     return [replace(sample, signals={**sample.signals, name: found[i]}) for i, sample in enumerate(samples)]
-
-
-def _packed(samples: Sequence[Sample], documents: list[list[int]]) -> MicroBatch:
-    return pack_answers([[samples[i] for i in document] for document in documents])
 
 
 def _num_tokens(group: Sequence[Sample]) -> int:

@@ -14,6 +14,8 @@ from posttrain.config.schema import Config, DataOptions
 from posttrain.data.batches import Schedule, choose
 from posttrain.data.chat import ChatTokenizer
 from posttrain.data.formats import Columns, RowError, prompt_of
+from posttrain.data.images.names import reference_of
+from posttrain.data.images.processor import ImageText
 from posttrain.data.sources import find_sources, read_rows
 from posttrain.data.tokenized import Report
 from posttrain.distributed.world import World
@@ -23,6 +25,7 @@ from posttrain.loops.training_data import not_chosen, schedule_of, without_effec
 from posttrain.records import Completion, Conversation
 from posttrain.rollout.tools import Tools
 from posttrain.run.progress import Display
+from posttrain.wording import counted
 
 ANSWERS_A_GROUP = 8  # where rollout.n is not given
 
@@ -47,15 +50,23 @@ class PromptData:
         for problem in self.train:
             seen.update(problem.prompt_ids_T.tobytes())
             seen.update(repr(problem.ground_truth).encode())
+            for image in problem.images:
+                seen.update(reference_of(image.source).encode())
         plan = (self.schedule.batch_size, self.schedule.seed, self.schedule.shuffle, self.rules)
         return f"{seen.hexdigest()[:24]}-{'-'.join(map(str, plan))}"
+
+    @property
+    def images(self) -> ImageText | None:
+        """How those of the prompts that are learnt from are prepared; None where no prompt has any."""
+        return self.chat.images if any(problem.images for problem in self.train) else None
 
     @cached_property
     def end_ids(self) -> list[int]:
         """The token that the template puts behind an answer, which is the one to stop at."""
         asked = self.train[0].conversation
         answered = [*prompt_of(asked.messages), {"role": "assistant", "content": "1"}]
-        (found,) = self.chat.encode_many([Conversation(answered, asked.tools, asked.template_kwargs)])
+        conversation = Conversation(answered, asked.tools, asked.template_kwargs, images=asked.images)
+        (found,) = self.chat.encode_many([conversation])
         if isinstance(found, RowError):  # then the model's own and the tokenizer's must do
             return []
         return self.chat.end_ids(found[-1].ids_T, found[-1].weights_T)
@@ -169,8 +180,8 @@ def describe_prompts(data: PromptData, config: Config, world: World) -> list[str
         else f"prompts with {sum(map(len, data.given.values())):,} given answers, the same in each"
     )
     lines.append(
-        f"{schedule.num_steps:,} steps of {schedule.batch_size} {answers}, {updates:,} updates of the weights, on {world.size} "
-        f"{'process' if world.size == 1 else 'processes'} ({world.device.type})"
+        f"{counted(schedule.num_steps, 'step')} of {schedule.batch_size} {answers}, {counted(updates, 'update')} of the weights, "
+        f"on {counted(world.size, 'process', 'processes')} ({world.device.type})"
     )
     if algorithm.kl_coef:
         which = (
@@ -238,9 +249,20 @@ def _within(
         elif how == "drop":
             report.drop(f"longer than {limit}", f"{problem.place}: {length} tokens")
         else:
-            cut = problem.prompt_ids_T[-longest:] if how == "left" else problem.prompt_ids_T[:longest]
-            kept.append(replace(problem, prompt_ids_T=cut))
+            begin = length - longest if how == "left" else 0
+            if shortened := problem.cut(begin, begin + longest):
+                kept.append(shortened)
+            else:
+                report.drop(f"an image does not fit {limit}", _too_large(problem, limit, longest))
     if not kept:
         reasons = [f"{count:,}: {report.places[reason][0]}" for reason, count in report.rows_dropped.items()]
         raise InputError("\n".join([f"{option}: no row can be asked.", *reasons]))
     return kept, report
+
+
+def _too_large(problem: Problem, limit: str, longest: int) -> str:
+    most = max(image.end - image.begin for image in problem.images)
+    return (
+        f"{problem.place}: the prompt has {len(problem.prompt_ids_T)} tokens, more than {limit} = {longest}, and cutting it would cut "
+        f"or drop an image (the largest has {most} tokens). Raise it, or let model.processor_kwargs make images smaller"
+    )

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from posttrain.config.schema import Config
+from posttrain.data.images.processor import ImageText
 from posttrain.distributed.world import World
 from posttrain.engine.engine import Engine
 from posttrain.errors import InputError, RunError
@@ -34,15 +35,17 @@ def open_rollout(
     world: World,
     logs: Path,
     lora_rank: int = 0,
+    images: ImageText | None = None,
 ) -> Iterator[Rollout]:
     """The rollout engine of this process. Every process must call this.
 
     `load` gives a model for transformers to answer with; of `lm` vLLM takes the config alone, and has no weights before the first
-    `take`. Its log goes to `logs`; with `lora_rank` it has room for an adapter.
+    `take`. Its log goes to `logs`; with `lora_rank` it has room for an adapter. With `images` prompts may hold some, which vLLM is
+    not given.
     """
     device = world.device
     if config.rollout.name == "transformers":
-        yield TransformersRollout(load(), tokenizer, config.rollout.batch_size, end_ids)
+        yield TransformersRollout(load(), tokenizer, config.rollout.batch_size, end_ids, images)
         return
     with tempfile.TemporaryDirectory(prefix="posttrain-vllm-") as folder:
         write_model_folder(lm, Path(folder))

@@ -15,6 +15,7 @@ from posttrain.engine.build import count_weights, kept_dtype
 from posttrain.errors import OutOfMemory
 from posttrain.loops.prompts import ANSWERS_A_GROUP, PromptData, updates_of
 from posttrain.loops.training_data import TrainingData
+from posttrain.models.lora import wants_adapters
 from posttrain.run.advice.advice import Seen
 from posttrain.run.advice.adviser import Adviser, earlier_run
 from posttrain.run.advice.history import History
@@ -36,7 +37,7 @@ class RunAdvice:
     def plan(self, data: Any, shape: Any, report: dict[str, Any], resumed_at: int) -> None:
         """Say what memory the run needs, and whether that cannot be, before a model of this shape is loaded."""
         dtype = self.world.device.compute_dtype(self.config.model.dtype)
-        counted = count_weights(self.config.model, dtype)
+        counted = count_weights(self.config.model, dtype, sees=data.images is not None)
         self._needs_of = partial(_needs, data, self.config, self.world, shape)
         self.needs = self._needs_of(*counted) if counted else None
         if self.world.is_main:
@@ -110,7 +111,7 @@ class RunAdvice:
 
 
 def _needs(
-    data: TrainingData | PromptData, config: Config, world: World, shape: Any, trained: int, every: int
+    data: TrainingData | PromptData, config: Config, world: World, shape: Any, trained: int, every: int, linear: int = 0
 ) -> Needs:
     model, engine, text = config.model, config.engine, shape.get_text_config()
     own = world.device.has_own_memory
@@ -118,6 +119,7 @@ def _needs(
     return Needs(
         num_weights=every,
         num_trained=trained,
+        num_linear=linear,
         num_blocks=text.num_hidden_layers,
         hidden=text.hidden_size,
         inner=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
@@ -125,13 +127,19 @@ def _needs(
         sharded=world.mesh is not None,
         kept_bytes=kept_dtype(model).itemsize,
         computed_bytes=world.device.compute_dtype(model.dtype).itemsize,
-        reference=isinstance(data, PromptData) and bool(config.algorithm.kl_coef) and trained == every,
+        reference=isinstance(data, PromptData) and bool(config.algorithm.kl_coef) and not wants_adapters(model),
+        tower_learns=data.images is not None
+        and (model.lora_vision if wants_adapters(model) else not model.freeze_vision_tower),
         tokens=tokens,
         longest=longest,
         param_offload=engine.param_offload and own,
         optimizer_offload=engine.optimizer_offload and own,
         reference_offload=engine.reference_offload and own,
         recompute_every=model.gradient_checkpointing_every if model.enable_gradient_checkpointing else None,
+        activation_offload=model.enable_activation_offload and own,
+        in_4bit=model.load_in_4bit,
+        stays_gathered=not engine.reshard_after_forward,
+        averages_in_8bit=config.optim.optimizer == "adamw_8bit",
     )
 
 

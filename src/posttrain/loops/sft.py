@@ -37,7 +37,7 @@ def sft(config: Config, resolved_yaml: str, gradients_to: str | None = None) -> 
         judge = open_judge(data, config, world, opened)
         engine = build_engine(
             config.model, config.engine, config.optim, data.schedule.num_steps, world, dtype,
-            packing=config.data.packing, seed=config.trainer.seed,
+            packing=config.data.packing, seed=config.trainer.seed, images=data.images,
         )  # fmt: skip
         run.resume(engine)
         if gradients_to is not None:
@@ -78,7 +78,7 @@ def evaluate_loss(config: Config) -> dict[str, float]:
         judge = open_judge(data, config, world, opened)
         engine = build_engine(
             config.model, config.engine, config.optim, 1, world, dtype,
-            packing=config.data.packing, seed=config.trainer.seed,
+            packing=config.data.packing, seed=config.trainer.seed, images=data.images,
         )  # fmt: skip
 
         def say(text: str) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from posttrain.config.compose import DEFAULT, Resolved
 from posttrain.config.describe import shown as written
-from posttrain.config.schema import is_template
+from posttrain.config.values import is_template
 from posttrain.data.chat import ChatTokenizer
 from posttrain.data.formats import Columns
 from posttrain.data.show.page import Summary
@@ -25,6 +25,7 @@ from posttrain.loops.training_data import TrainingData, chat_maker, open_trainin
 from posttrain.records import MicroBatch
 from posttrain.run.progress import Display
 
+OF_ROWS = ("data.", "model.processor_kwargs")  # options that change what is shown
 ALWAYS_SAID = ("data.max_length", "data.truncation", "data.invalid_rows")
 SAID_OTHERWISE = ("data.train_files", "data.val_files", "data.chat_template", "data.cache_dir", "data.num_workers")
 
@@ -70,7 +71,7 @@ class Showing:
         }
         said = [
             *ALWAYS_SAID,
-            *(key for key, origin in origins.items() if key.startswith("data.") and origin != DEFAULT),
+            *(key for key, origin in origins.items() if key.startswith(OF_ROWS) and origin != DEFAULT),
         ]
         values = {key: getattr(getattr(config, key.split(".")[0]), key.split(".")[1]) for key in dict.fromkeys(said)}
         options = {key: written(value) for key, value in values.items() if key not in SAID_OTHERWISE}
@@ -113,11 +114,9 @@ def _named(template: str) -> str:
 
 def _documents(micro_batch: MicroBatch, known: dict[int, list[Shown] | Refused]) -> list[Shown]:
     """The samples of a micro-batch, in its order."""
-    borders = np.cumsum(micro_batch.lengths_N)[:-1]
-    return [
-        _sample_of(known[row], ids_T)
-        for row, ids_T in zip(micro_batch.rows_N, np.split(micro_batch.ids_T, borders), strict=True)
-    ]
+    own_T = micro_batch.ids_T[: micro_batch.num_tokens]  # what fills up is no sample's
+    pieces = np.split(own_T, np.cumsum(micro_batch.lengths_N)[:-1])
+    return [_sample_of(known[row], ids_T) for row, ids_T in zip(micro_batch.rows_N, pieces, strict=True)]
 
 
 def _sample_of(samples: list[Shown] | Refused, ids_T: np.ndarray) -> Shown:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
+from statistics import median
 
 from posttrain.run.progress import Display
 
-# said once, when the same rank has been the slowest in so many steps running, by at least this share of each
-STEPS_BEFORE_SAID = 20
+# said once, when the same rank has been the slowest by at least this share of a step in most of so many steps: one step in
+# ten may be an exception, since any machine stalls now and then
+STEPS_SEEN = 30
+STEPS_SLOW = 27
 SHARE_OF_A_STEP = 0.1
 
 
@@ -16,7 +20,9 @@ class Slowest:
 
     def __init__(self, display: Display):
         self.display = display
-        self._rank, self._lags, self._said = -1, [0.0], False
+        # of each step: the slowest rank, its lag, the seconds of the step
+        self._seen: deque[tuple[int, float, float]] = deque(maxlen=STEPS_SEEN)
+        self._said = False
 
     def of(self, own_seconds: Sequence[float], step_seconds: float) -> dict[str, float | int]:
         """Metrics of a step from the seconds of each rank; none where there is one rank."""
@@ -28,14 +34,13 @@ class Slowest:
         return {"slowest_rank": rank, "slowest_rank_lag_seconds": lag}
 
     def _watch(self, rank: int, lag: float, step_seconds: float) -> None:
-        if rank != self._rank or lag < SHARE_OF_A_STEP * step_seconds:
-            self._rank, self._lags = rank, []
-        self._lags.append(lag)
-        if len(self._lags) > STEPS_BEFORE_SAID and not self._said:
+        self._seen.append((rank, lag, step_seconds))
+        lags = [lag for of, lag, seconds in self._seen if of == rank and lag >= SHARE_OF_A_STEP * seconds]
+        if len(lags) >= STEPS_SLOW and len(self._seen) == STEPS_SEEN and not self._said:
             self._said = True
-            mean = sum(self._lags[1:]) / STEPS_BEFORE_SAID
+            typical = median(seconds for _, _, seconds in self._seen)
             self.display.say(
-                f"rank {rank} holds up the others: over the last {STEPS_BEFORE_SAID} steps it spent {mean:.2g} s more a step "
-                f"than a typical rank on rows, the optimizer and metrics; a step takes {step_seconds:.2g} s. "
+                f"rank {rank} holds up the others: in {len(lags)} of the last {STEPS_SEEN} steps it spent about {median(lags):.2g} s more "
+                f"than a typical rank on rows, the optimizer and metrics; a step takes {typical:.2g} s. "
                 "See slowest_rank in docs/metrics.md."
             )

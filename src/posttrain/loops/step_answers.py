@@ -12,7 +12,7 @@ from posttrain.loops.experience import Experience, experience
 from posttrain.loops.prompts import ANSWERS_A_GROUP, PromptData
 from posttrain.records import Completion
 from posttrain.rewards.score import Score, Scorer
-from posttrain.rollout.rollout import Request, Sampling
+from posttrain.rollout.rollout import Sampling
 from posttrain.run.progress import Display
 
 
@@ -84,7 +84,7 @@ class StepAnswers:
         asked = [(row, number) for row in rows for number in range(answers_a_group(self.config))]
         problems = [self.data.train[row] for row, _ in asked]
         requests = [
-            Request(problem.prompt_ids_T, (seed, step, *key), options.max_new_tokens)
+            problem.request((seed, step, *key), options.max_new_tokens)
             for problem, key in zip(problems, asked, strict=True)
         ]
         completions = self.answerer.answer(problems, requests, sampling, self._alive)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -129,8 +128,9 @@ class StepLog:
         self._previous_end = now
         if step % self.steps_per_epoch == 0:
             self.settle()
-            mean = self._epoch_loss / self._epoch_weight if self._epoch_weight else math.nan
-            self.display.say(f"Epoch {step // self.steps_per_epoch}: loss={mean:.4f}")
+            weight = self._epoch_weight
+            told = f"loss={self._epoch_loss / weight:.4f}" if weight else "no step changed the weights"
+            self.display.say(f"Epoch {step // self.steps_per_epoch}: {told}")
             self._epoch_loss = self._epoch_weight = 0.0
 
     def settle(self) -> None:

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
-from posttrain.config.schema import Config, DataOptions
+from posttrain.config.schema import Config, DataOptions, ModelOptions
 from posttrain.data.batches import Schedule, choose, pack, plan_steps, split
 from posttrain.data.chat import ChatTokenizer, Rules
 from posttrain.data.formats import Columns
+from posttrain.data.images.loader import ImageLoader
+from posttrain.data.images.processor import ImageText
 from posttrain.data.sources import Source, find_sources
-from posttrain.data.tokenized import Report, TokenizedData, load_tokenized, taken, truncated
+from posttrain.data.tokenized import Report, TokenizedData, load_tokenized, taken
+from posttrain.data.truncation import truncated
 from posttrain.distributed.device import runs_liger
 from posttrain.distributed.world import World
-from posttrain.models.load import find_model, load_tokenizer
-from posttrain.records import MicroBatch
+from posttrain.models.load import find_model, find_tokenizer, load_processor, load_tokenizer
+from posttrain.models.lora import wants_adapters
+from posttrain.records import MicroBatch, Sample
 from posttrain.run.progress import Display
+from posttrain.wording import counted
 
 VALIDATION_ROWS_A_PASS = 512
 ROWS_LOOKED_AT_FOR_ENDS = 256
@@ -36,6 +43,14 @@ class TrainingData:
     chat: ChatTokenizer
     max_rows: int | None
     max_tokens: int | None
+    loader: ImageLoader | None = None  # where some row has images
+    trains_vision: bool = False
+    _ahead: dict[int, list[MicroBatch]] = field(default_factory=dict)
+
+    @property
+    def images(self) -> ImageText | None:
+        """How those of the rows that are trained on are prepared; None where no such row has any."""
+        return self.chat.images if self.train.images is not None else None
 
     @property
     def fingerprint(self) -> str:
@@ -51,20 +66,63 @@ class TrainingData:
         return sorted({end for sample in samples for end in self.chat.end_ids(sample.ids_T, sample.weights_T)})
 
     def micro_batches(self, step: int, world: World) -> list[MicroBatch]:
-        """This process's part of a step."""
-        return self._packed(self.train, self.schedule.rows(step), world)
+        """This process's part of a step. With images the next step is made too, so that its images can be read meanwhile."""
+        if self.loader is None:
+            return self._packed(self.train, self.schedule.rows(step), world)
+        steps = [step, *([step + 1] if step + 1 < self.schedule.num_steps else [])]
+        made = {
+            k: self._ahead.get(k) or self._packed(self.train, self.schedule.rows(k), world, self.trains_vision)
+            for k in steps
+        }
+        self._ahead.clear()
+        self._ahead.update(made)
+        self.loader.expect(chain.from_iterable(made.values()))
+        return made[step]
 
     def validation_passes(self, world: World) -> list[list[MicroBatch]]:
         """Every validation row once, in passes of a few hundred."""
         assert self.val is not None
         rows = np.arange(len(self.val))
         passes = [rows[i : i + VALIDATION_ROWS_A_PASS] for i in range(0, len(rows), VALIDATION_ROWS_A_PASS)]
-        return [self._packed(self.val, part, world) for part in passes]
+        packed = [self._packed(self.val, part, world) for part in passes]
+        if self.loader is not None:
+            self.loader.expect(chain.from_iterable(packed))
+        return packed
 
-    def _packed(self, data: TokenizedData, rows: np.ndarray, world: World) -> list[MicroBatch]:
+    def _packed(
+        self, data: TokenizedData, rows: np.ndarray, world: World, trains_vision: bool = False
+    ) -> list[MicroBatch]:
         samples = [data[int(row)] for row in rows]
-        readers = split([len(sample) for sample in samples], world.num_readers, self.max_rows, self.max_tokens)
-        return [pack([samples[i] for i in documents]) for documents in readers[world.reader]]
+        return packed(samples, world, self.max_rows, self.max_tokens, self.loader, trains_vision)
+
+
+def packed(
+    samples: Sequence[Sample],
+    world: World,
+    max_rows: int | None = None,
+    max_tokens: int | None = None,
+    loader: ImageLoader | None = None,
+    trains_vision: bool = False,
+) -> list[MicroBatch]:
+    """This process's micro-batches of samples that all processes share. `trains_vision`: weights that see images learn from them."""
+    readers = split([len(sample) for sample in samples], world.num_readers, max_rows, max_tokens)
+    own = [[samples[i] for i in documents] for documents in readers[world.reader]]
+    if loader is None:
+        return [pack(documents) for documents in own]
+    seen = seeing(samples, readers, world, trains_vision)
+    return [loader.pack(documents, sees) for documents, sees in zip(own, seen, strict=True)]
+
+
+def seeing(
+    samples: Sequence[Sample], readers: list[list[list[int]]], world: World, trains_vision: bool = False
+) -> list[bool]:
+    """In which micro-batches the vision tower runs: on all processes or on none, and in training once a step at least, so that its
+    gradient is never missing. Whether a step moves its weights must not hang on how rows are dealt."""
+    seen = [any(samples[i].images for i in chain.from_iterable(each)) for each in zip(*readers, strict=True)]
+    if trains_vision and world.mesh is not None and world.mesh.ndim > 1:
+        seen = [True] * len(seen)  # copies of the weights add up the gradients of all micro-batches before they talk
+    seen[0] |= trains_vision and not any(seen)
+    return seen
 
 
 def open_training_data(config: Config, world: World, display: Display) -> TrainingData:
@@ -103,7 +161,13 @@ def open_training_data(config: Config, world: World, display: Display) -> Traini
         max_tokens = max(world.device.default_max_tokens * sharing, data.max_length)
     # processes run the model as often as each other: unpacked, once for each row
     max_rows = data.micro_batch_size_per_gpu if data.packing else 1
-    return TrainingData(train, val, val_sources, schedule_of(len(train), config), make_chat(), max_rows, max_tokens)
+    chat = make_chat()
+    sees = train.images is not None or (val is not None and val.images is not None)
+    return TrainingData(
+        train, val, val_sources, schedule_of(len(train), config), chat, max_rows, max_tokens,
+        loader=ImageLoader(chat.images) if sees and chat.images else None,
+        trains_vision=trains_vision(config.model) and train.images is not None,
+    )  # fmt: skip
 
 
 def schedule_of(num_rows: int, config: Config) -> Schedule:
@@ -116,15 +180,40 @@ def schedule_of(num_rows: int, config: Config) -> Schedule:
 def chat_maker(config: Config) -> partial[ChatTokenizer]:
     """A picklable maker of the run's tokenizer, for worker processes."""
     model = config.model
-    path = model.tokenizer_path or find_model(model.path)
-    rules = Rules.of(config.data)
-    return partial(make_chat, path, config.data.chat_template, model.revision, model.trust_remote_code, rules)
+    path = find_tokenizer(model.tokenizer_path) if model.tokenizer_path else find_model(model.path)
+    seeing = find_model(model.path) if model.path else None
+    return partial(
+        make_chat, path, config.data.chat_template, model.revision, model.trust_remote_code, Rules.of(config.data),
+        seeing, model.processor_kwargs,
+    )  # fmt: skip
 
 
 def make_chat(
-    path: str, chat_template: str | None, revision: str | None, trust: bool, rules: Rules | None = None
+    path: str,
+    chat_template: str | None,
+    revision: str | None,
+    trust: bool,
+    rules: Rules | None = None,
+    model_path: str | None = None,
+    processor_kwargs: dict[str, Any] | None = None,
 ) -> ChatTokenizer:
-    return ChatTokenizer(load_tokenizer(path, chat_template, revision, trust), rules)
+    """Of a tokenizer, and of the images of the model at `model_path`, if it is not the same."""
+    tokenizer = load_tokenizer(path, chat_template, revision, trust)
+    processor = load_processor(model_path or path, revision, trust, processor_kwargs)
+    if processor is None:
+        return ChatTokenizer(tokenizer, rules)
+    # some settings, Gemma 3's do_pan_and_scan for one, a processor takes from its tokenizer alone; exports have this one
+    tokenizer.init_kwargs |= processor_kwargs or {}
+    if not chat_template and processor.chat_template:
+        tokenizer.chat_template = processor.chat_template
+    return ChatTokenizer(tokenizer, rules, ImageText(processor))
+
+
+def trains_vision(model: ModelOptions) -> bool:
+    """Whether any weight that sees images may be trained, where there are images."""
+    if wants_adapters(model):
+        return model.lora_vision or model.lora_adapter_path is not None  # an adapter's files decide where it stands
+    return not (model.freeze_vision_tower and model.freeze_projector)
 
 
 def data_report(data: TrainingData) -> dict[str, Any]:
@@ -140,25 +229,32 @@ def describe(data: TrainingData, config: Config, world: World) -> list[str]:
             continue
         facts = _facts(rows)
         lengths = facts["length_percentiles"]
-        samples = f" in {len(rows):,} samples" if len(rows) != facts["rows_used"] else ""
-        turns = f"{facts['num_turns']:,} trained turns, " if facts["num_turns"] else ""
+        samples = f" in {counted(len(rows), 'sample')}" if len(rows) != facts["rows_used"] else ""
+        turns = f"{counted(facts['num_turns'], 'trained turn')}, " if facts["num_turns"] else ""
         lines.append(
-            f"{name}: {facts['rows_used']:,} of {facts['rows_read']:,} rows{samples}, {turns}{facts['num_tokens']:,} tokens, "
+            f"{name}: {facts['rows_used']:,} of {counted(facts['rows_read'], 'row')}{samples}, {turns}{facts['num_tokens']:,} tokens, "
             f"{facts['num_trained_tokens'] / facts['num_tokens']:.0%} trained; length median {lengths['50']}, "
             f"99% {lengths['99']}, longest {lengths['100']}"
         )
+        if facts["num_images"]:
+            lines.append(
+                f"  images: {facts['num_images']:,}, {facts['num_image_tokens'] / facts['num_tokens']:.0%} of the tokens; the largest "
+                f"has {facts['largest_image_tokens']:,}"
+            )
         lines += not_chosen(rows.report, name, config)
         for reason, count in facts["rows_dropped"].items():
             lines.append(f"  left out {count:,}: {reason}, such as {rows.report.places[reason][0]}")
         for kind, count in facts["notes"].items():
             lines.append(f"  noted {_times(count)} {rows.report.places[kind][0]}")
-    unit = "samples" if len(data.train) != data.train.report.rows_used else "rows"
+    unit = "sample" if len(data.train) != data.train.report.rows_used else "row"
     tokens_a_step = data.train.lengths_N.mean() * schedule.batch_size
     lines.append(
-        f"{schedule.num_steps:,} steps of {schedule.batch_size} {unit} (about {tokens_a_step:,.0f} tokens) = "
-        f"{schedule.num_epochs:.4g} {'epoch' if schedule.num_epochs == 1 else 'epochs'} of {schedule.steps_per_epoch:,} steps, on {world.size} "
-        f"{'process' if world.size == 1 else 'processes'} ({world.device.type}){_layout(world)}"
+        f"{counted(schedule.num_steps, 'step')} of {counted(schedule.batch_size, unit)} (about {tokens_a_step:,.0f} tokens) = "
+        f"{schedule.num_epochs:.4g} {'epoch' if schedule.num_epochs == 1 else 'epochs'} of {counted(schedule.steps_per_epoch, 'step')}, "
+        f"on {counted(world.size, 'process', 'processes')} ({world.device.type}){_layout(world)}"
     )
+    if data.chat.images and not data.images:
+        lines.append("no row to train on has an image: the vision tower and its projector stay as they are")
     return lines + without_effect_here(data.chat, config, world)
 
 
@@ -173,18 +269,30 @@ def not_chosen(report: Report, name: str, config: Config) -> list[str]:
 
 
 def without_effect_here(chat: ChatTokenizer, config: Config, world: World) -> list[str]:
-    """Lines on options that have no effect on this device or with this chat template."""
-    offloads = ("param_offload", "optimizer_offload", "reference_offload")
-    chosen = [option for option in offloads if getattr(config.engine, option) and not world.device.has_own_memory]
-    return [
-        *(f"no effect in this run: engine.{o}: this device computes in the host's memory anyway" for o in chosen),
-        *(
-            ["no effect in this run: model.use_liger: its kernels are for CUDA; the results are the same without"]
-            if config.model.use_liger and not runs_liger(world.device.torch_device)
-            else []
-        ),
-        *(f"no effect in this run: {said}: the chat template never reads it" for said in _unread(chat, config)),
-    ]
+    """Lines on options that have no effect on this device, with this model or with this chat template."""
+    found = _without_effect_here(chat, config, world)
+    return [f"no effect in this run: {option}: {reason}" for option, reason in found]
+
+
+def _without_effect_here(chat: ChatTokenizer, config: Config, world: World) -> Iterator[tuple[str, str]]:
+    model, engine = config.model, config.engine
+    offloads = {
+        "engine.param_offload": engine.param_offload,
+        "engine.optimizer_offload": engine.optimizer_offload,
+        "engine.reference_offload": engine.reference_offload,
+        "model.enable_activation_offload": model.enable_activation_offload,
+    }
+    for option, is_on in offloads.items():
+        if is_on and not world.device.has_own_memory:
+            yield option, "this device computes in the host's memory anyway"
+    if not engine.reshard_after_forward and world.mesh is None:
+        yield "engine.reshard_after_forward", "there is one process, which holds all weights anyway"
+    if model.use_liger and not runs_liger(world.device.torch_device):
+        yield "model.use_liger", "its kernels are for CUDA; the results are the same without"
+    if model.lora_vision and chat.images is None:
+        yield "model.lora_vision", "the model has no vision tower"
+    for option in _unread(chat, config):
+        yield option, "the chat template never reads it"
 
 
 def _unread(chat: ChatTokenizer, config: Config) -> list[str]:
@@ -217,6 +325,7 @@ def _sources(data: DataOptions) -> tuple[list[Source], list[Source]]:
 
 
 def _facts(rows: TokenizedData) -> dict[str, Any]:
+    image_tokens = rows.images.token_counts() if rows.images else np.zeros(0, dtype=np.int64)
     return {
         "rows_read": rows.report.rows_read,
         "rows_used": rows.report.rows_used,
@@ -228,5 +337,8 @@ def _facts(rows: TokenizedData) -> dict[str, Any]:
         "examples": rows.report.places,
         "num_tokens": int(rows.lengths_N.sum()),
         "num_trained_tokens": int(rows.num_trained_N.sum()),
+        "num_images": len(image_tokens),
+        "num_image_tokens": int(image_tokens.sum()),
+        "largest_image_tokens": int(image_tokens.max(initial=0)),
         "length_percentiles": {str(p): int(np.percentile(rows.lengths_N, p)) for p in (1, 25, 50, 75, 99, 100)},
     }

@@ -30,6 +30,7 @@ from posttrain.loops.run_advice import RunAdvice
 from posttrain.loops.run_copy import RunCopy
 from posttrain.loops.step_log import StepLog, StepWork
 from posttrain.models.flops import forward_backward_flops
+from posttrain.models.kernels import fused_parts
 from posttrain.models.load import find_model, load_config
 from posttrain.models.lora import check_base, model_fingerprint
 from posttrain.run.folder import RunFolder, RunState, clear_leftovers, library_versions
@@ -37,6 +38,7 @@ from posttrain.run.metrics import Metrics, drop_after
 from posttrain.run.progress import Display
 from posttrain.run.signals import StopRequest, catching_signals
 from posttrain.run.trackers import check_trackers, start_trackers
+from posttrain.wording import counted
 
 
 @contextmanager
@@ -147,11 +149,13 @@ class TrainingRun:
         trained, every = engine.num_weights()
         self.advice.begin(trained, every)
         trainer, device = self.config.trainer, self.world.device
+        if self.config.model.use_liger and (fused := fused_parts(engine.policy.lm)):
+            self.display.say(f"Liger computes {', '.join(fused)}; the loss and attention stay posttrain's own")
         if engine.adapters:
             self.display.say(f"adapters: {trained:,} of {every:,} weights are trained")
         if self.step >= self.state.total_steps:
             self.display.say(
-                f"this run has {self.step} steps already, of {self.state.total_steps} that are asked for: there is nothing to train. "
+                f"this run has {counted(self.step, 'step')} already, of {self.state.total_steps} that are asked for: there is nothing to train. "
                 "Raise trainer.total_training_steps or trainer.total_epochs, or choose another trainer.default_local_dir."
             )
         self.log = StepLog(
@@ -328,7 +332,9 @@ class TrainingRun:
         model = self.config.model
         source = load_config(find_model(model.path), None, model.revision, model.trust_remote_code).dtype
         dtype = source if isinstance(source, torch.dtype) and not model.random_weights else torch.float32
-        export(engine, self.data.chat.tokenizer, self.folder.path / name, dtype, self.data.end_ids)
+        chat = self.data.chat
+        processor = chat.images.processor if chat.images else None
+        export(engine, chat.tokenizer, self.folder.path / name, dtype, self.data.end_ids, processor)
         self.copy.update()
         return dtype
 
@@ -359,7 +365,9 @@ class TrainingRun:
             )
         if best and best != self.state.step:
             self.display.say(f"best validation at step {best}: {folder / 'checkpoint-best'}")
-        self.display.say(f"finished after {self.state.step} steps. The model lies in {folder / 'checkpoint-final'}")
+        self.display.say(
+            f"finished after {counted(self.state.step, 'step')}. The model lies in {folder / 'checkpoint-final'}"
+        )
         self.display.say(f"  next: posttrain evaluate --model_path {folder} --test_file TEST.parquet")
         self.display.say(f"        posttrain generate --model {folder} --num_samples 100")
 

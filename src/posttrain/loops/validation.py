@@ -124,7 +124,8 @@ def _accuracy(engine: Engine, data: TrainingData, config: Config, judge: Scorer,
     problems = world.on_main(lambda: _problems(data, config, config.trainer.num_val_generations))
     dtype = world.device.compute_dtype(config.model.dtype)
     model = assemble(engine, dtype, world.device.torch_device)
-    rollout = TransformersRollout(model, data.chat.tokenizer, config.rollout.batch_size, data.end_ids)
+    chat = data.chat
+    rollout = TransformersRollout(model, chat.tokenizer, config.rollout.batch_size, data.end_ids, chat.images)
     return accuracy_of(problems, Answerer(rollout), judge, world, config.rollout, config.trainer.seed, say)
 
 

@@ -35,7 +35,9 @@ class Documents:
     borders: Tensor
     sequence: Sequence | None = None
     branches: tuple[tuple[int, ...], ...] = ()  # see MicroBatch
-    masks: dict[tuple[tuple[int, ...], int | None], Tensor] = field(default_factory=dict)  # of branches, made once
+    # of each document, for each token the number of its image or -1, where tokens of an image see each other; None for no image
+    images: tuple[Tensor | None, ...] = ()
+    masks: dict[tuple[Any, int | None], Tensor] = field(default_factory=dict)  # of branches and images, made once
 
     @classmethod
     def of(
@@ -44,12 +46,18 @@ class Documents:
         device: torch.device,
         sequence: Sequence | None = None,
         branches: tuple[tuple[int, ...], ...] = (),
+        images: tuple[Tensor | None, ...] = (),
     ) -> Documents:
         borders = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return cls(lengths, borders.to(device, non_blocking=True), sequence, branches)
+        return cls(lengths, borders.to(device, non_blocking=True), sequence, branches, images)
 
     def mask(self, number: int, window: int | None) -> Tensor | None:
         """True where a token of that document may look at another; None where it is plain."""
+        if number < len(self.images) and (images_L := self.images[number]) is not None:
+            if (number, window) not in self.masks:
+                same = (images_L[:, None] == images_L) & (images_L >= 0)
+                self.masks[number, window] = _window(len(images_L), window or len(images_L), same.device) | same
+            return self.masks[number, window]
         parts = self.branches[number] if self.branches else ()
         if len(parts) < 2:
             return None
@@ -83,7 +91,8 @@ def packed_attention(
     head_dim = query_1HTD.shape[-1]
     fits = head_dim == value_1KTD.shape[-1] and head_dim % 8 == 0 and head_dim <= 256
     plain = fits and not softcap and not dropout and query_1HTD.dtype != torch.float32
-    attend = _varlen if plain and not documents.branches and has_varlen_attention(query_1HTD.device) else _per_document
+    causal = not documents.branches and not documents.images
+    attend = _varlen if plain and causal and has_varlen_attention(query_1HTD.device) else _per_document
     sequence = documents.sequence
     if sequence is not None:
         times = sequence.repeats(query_1HTD.shape[1], key_1KTD.shape[1])

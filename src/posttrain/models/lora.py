@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from posttrain.config.schema import ModelOptions
 from posttrain.errors import InputError, RunError
 from posttrain.models.load import architecture_fingerprint
+from posttrain.models.vision import vision_modules
 from posttrain.models.weights import Part, Weights
 
 if TYPE_CHECKING:
@@ -61,7 +63,7 @@ def add_adapters(lm: Any, options: ModelOptions, frozen_dtype: torch.dtype) -> L
     """
     from peft import inject_adapter_in_model
 
-    config = _read_config(options.lora_adapter_path) if options.lora_adapter_path else _new_config(options)
+    config = _read_config(options.lora_adapter_path) if options.lora_adapter_path else _new_config(options, lm)
     trained_dtype = next(lm.parameters()).dtype
     try:
         inject_adapter_in_model(config, lm, adapter_name=ADAPTER, low_cpu_mem_usage=lm.device.type == "meta")
@@ -83,12 +85,13 @@ def model_fingerprint(config: Any, options: ModelOptions) -> str:
     """Of what decides which weights are trained and their shapes: the architecture, and the adapters if there are any."""
     whole = architecture_fingerprint(config)
     if not wants_adapters(options):
-        return whole
+        frozen = [option for option in ("freeze_vision_tower", "freeze_projector") if getattr(options, option)]
+        return "-".join([whole, *frozen])
     if options.lora_adapter_path:
         adapter = _read_config(options.lora_adapter_path)
         parts = [adapter.r, adapter.lora_alpha, sorted(adapter.target_modules or [])]
     else:
-        parts = [options.lora_rank, options.lora_alpha, sorted(options.target_modules)]
+        parts = [options.lora_rank, options.lora_alpha, sorted(options.target_modules), *([True] * options.lora_vision)]
     return f"{whole}-lora-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]}"
 
 
@@ -127,12 +130,13 @@ def fill_adapters(lm: Any, weights: AdapterWeights) -> None:
 def fingerprint(weights: Iterable[tuple[str, Tensor]], total: Callable[[Tensor], Tensor]) -> str:
     """Of frozen weights, from this process's parts of them: the same for any number of processes and either number format.
 
-    Adds up the bits of each tensor in bfloat16; `total` adds over the processes that hold the parts.
+    Adds up the bits of each tensor in bfloat16, or those that int16 shows; `total` adds over the processes that hold the parts.
     """
     names, sums = [], []
     for name, weight in weights:
         names.append(name)
-        sums.append(weight.detach().to(torch.bfloat16).view(torch.int16).sum(dtype=torch.int64))
+        bits = weight if weight.dtype == torch.int16 else weight.detach().to(torch.bfloat16).view(torch.int16)
+        sums.append(bits.sum(dtype=torch.int64))
     added = total(torch.stack(sums)).tolist()
     return hashlib.sha256(json.dumps(list(zip(names, added, strict=True))).encode()).hexdigest()[:16]
 
@@ -210,21 +214,32 @@ def check_base(checkpoint: Path | None, adapters: Adapters | None) -> None:
     if base["fingerprint"] != adapters.base_fingerprint:
         raise InputError(
             f"{checkpoint} holds an adapter for {base['model']} as it was then; the weights of {adapters.base_path} are others. "
-            "Use the same model.path, or another trainer.default_local_dir."
+            "Use the same model.path and model.load_in_4bit, or another trainer.default_local_dir."
         )
 
 
-def _new_config(options: ModelOptions) -> LoraConfig:
+def _new_config(options: ModelOptions, lm: Any) -> LoraConfig:
     from peft import LoraConfig
 
-    targets: Any = options.target_modules
+    targets = options.target_modules
+    excluded = [] if options.lora_vision else vision_modules(lm)
+    beside = [re.escape(name) for name, module in lm.named_modules() if any(module is part for part in excluded)]
     return LoraConfig(
         r=options.lora_rank,
         lora_alpha=options.lora_alpha,  # type: ignore[arg-type]
         lora_dropout=options.lora_dropout,
-        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        target_modules=_linear_layers(lm) if targets == ["all-linear"] else targets,
+        exclude_modules=rf"({'|'.join(beside)})(\..*)?" if beside else None,
         task_type="CAUSAL_LM",
     )
+
+
+def _linear_layers(lm: Any) -> list[str]:
+    """All but the output layer and routers, which give several tensors. peft (0.21) would take `all-linear` to mean experts that are
+    fused into one tensor too."""
+    output = lm.get_output_embeddings()
+    linear = ((name, module) for name, module in lm.named_modules() if isinstance(module, nn.Linear))
+    return [name for name, module in linear if module is not output and not type(module).__name__.endswith("Router")]
 
 
 def _read_config(path: str) -> LoraConfig:
@@ -257,7 +272,8 @@ def _check_layers(lm: Any) -> None:
     for name, layer in _adapted_layers(lm):
         if layer is output or not isinstance(layer.get_base_layer(), nn.Linear):
             raise InputError(
-                f"model.target_modules: {name} cannot have an adapter, only linear layers before the output layer can."
+                f"model.target_modules: {name} cannot have an adapter, only linear layers before the output layer can, no "
+                "embeddings and no fused experts. Name others, such as model.target_modules=[q_proj,k_proj,v_proj,o_proj]."
             )
 
 

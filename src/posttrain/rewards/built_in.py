@@ -18,6 +18,8 @@ SOURCES = {
     "lighteval/MATH": ("math", 0.0),
     "DigitalLearningGmbH/MATH-lighteval": ("math", 0.0),
     "HuggingFaceH4/MATH-500": ("math", 0.0),
+    "hiyouga/geometry3k": ("math", 0.0),
+    "shapes": ("exact_match", 0.0),
     "math": ("math", -1.0),
     "math_dapo": ("math", -1.0),
     "math_dapo_reasoning": ("math", -1.0),
@@ -45,6 +47,10 @@ def load_math() -> Reward:
     return judge_math
 
 
+def load_exact() -> Reward:
+    return _same_text
+
+
 def load_by_source(mark: str = ANSWER_MARK) -> Reward:
     """What `SOURCES` names for the row's data_source. Rows of GSM8K alone do without math-verify."""
     return partial(_by_source, partial(_number_after_mark, mark))
@@ -70,7 +76,8 @@ def _by_source(strict: Reward, answer: Answered) -> Outcome:
         return Outcome.unknown(f"{said}: name one in reward.name, or a function of your own by reward.path")
     reward, of_wrong = SOURCES[known]
     try:
-        outcome = strict(answer) if reward == "gsm8k_strict" else load_math()(answer)
+        judge = {"gsm8k_strict": strict, "exact_match": _same_text}.get(reward) or load_math()
+        outcome = judge(answer)
     except InputError as error:
         return Outcome.unknown(str(error))
     return replace(outcome, value=of_wrong) if outcome.verdict is Verdict.WRONG else outcome
@@ -78,6 +85,17 @@ def _by_source(strict: Reward, answer: Answered) -> Outcome:
 
 def _last_number(answer: Answered) -> Outcome:
     return Outcome.judged(judge_flexible(answer.text, answer.ground_truth), _no_number(answer.ground_truth))
+
+
+def _same_text(answer: Answered) -> Outcome:
+    if answer.ground_truth is None:
+        return Outcome.unknown("the row has no ground truth")
+    is_right = _plain(answer.text) == _plain(answer.ground_truth)
+    return Outcome.judged(Verdict.RIGHT if is_right else Verdict.WRONG, "")
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split()).removesuffix(".")
 
 
 def _form(pattern: re.Pattern[str], right_at: float, answer: Answered) -> Outcome:

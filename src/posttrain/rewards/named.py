@@ -11,6 +11,7 @@ from posttrain.config.schema import BUILT_IN_REWARDS, RewardOptions
 from posttrain.errors import InputError
 from posttrain.rewards.built_in import (
     load_by_source,
+    load_exact,
     load_flexible,
     load_format,
     load_length,
@@ -50,6 +51,8 @@ def _part(name: str, weight: float, options: RewardOptions) -> Part:
             return Part(name, weight, partial(load_strict, mark))
         case "gsm8k_flexible":
             return Part(name, weight, load_flexible)
+        case "exact_match":
+            return Part(name, weight, load_exact)
         case "math":
             return Part(name, weight, load_math, in_worker=True)
         case "data_source":

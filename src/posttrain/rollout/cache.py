@@ -14,10 +14,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
 from posttrain.errors import InputError
-from posttrain.models.attention import Documents, packed_attention
+from posttrain.models.attention import AttentionInterface, Documents, packed_attention
 
 DECODING = "posttrain_decoding"
 FIRST_ROOM = 64  # columns of new tokens that there is room for at first; doubled when it is used up
@@ -91,11 +90,17 @@ class Groups:
 
 
 class Prompts:
-    """Prompts in one packed row that are being read, and how many answers each will have."""
+    """Prompts in one packed row that are being read, and how many answers each will have. `images` as of `Documents`."""
 
-    def __init__(self, lengths_P: np.ndarray, counts_P: np.ndarray, device: torch.device):
+    def __init__(
+        self,
+        lengths_P: np.ndarray,
+        counts_P: np.ndarray,
+        device: torch.device,
+        images: tuple[Tensor | None, ...] = (),
+    ):
         self.lengths_P, self.counts_P = lengths_P, counts_P
-        self.documents = Documents.of(tuple(lengths_P.tolist()), device)
+        self.documents = Documents.of(tuple(lengths_P.tolist()), device, images=images)
         self.last_P = (self.documents.borders[1:] - 1).long()
         self.prompt_T = torch.from_numpy(np.repeat(np.arange(len(lengths_P)), lengths_P)).to(device)
         self.place_T = torch.from_numpy(np.concatenate([np.arange(length) for length in lengths_P])).to(device)
@@ -155,9 +160,11 @@ class Cache:
         self._set_starts()
 
     @contextmanager
-    def reading(self, lengths_P: np.ndarray, counts_P: np.ndarray) -> Iterator[Prompts]:
+    def reading(
+        self, lengths_P: np.ndarray, counts_P: np.ndarray, images: tuple[Tensor | None, ...] = ()
+    ) -> Iterator[Prompts]:
         """Inside, the model reads packed prompts; their answers begin at the next column, behind all others."""
-        self.prompts = Prompts(lengths_P, counts_P, self.device)
+        self.prompts = Prompts(lengths_P, counts_P, self.device, images)
         yield self.prompts
         self.prompts = None
         new_B = self.groups.num_prompts + np.repeat(np.arange(len(counts_P)), counts_P)

@@ -17,6 +17,7 @@ from torch import Tensor
 from posttrain.distributed.device import tokens_between_looks
 from posttrain.rollout.cache import DECODING, Cache
 from posttrain.rollout.noise import stream, uniforms
+from posttrain.rollout.prompt_images import Packed, PromptImages
 from posttrain.rollout.rollout import Request, Sampling
 from posttrain.rollout.sampling import draw
 
@@ -32,22 +33,29 @@ class Written:
 
 @contextmanager
 def decoding(model: Any) -> Iterator[None]:
-    """Inside, the model attends as `decode` needs it. Raises ValueError where it has no choice of attention."""
-    chosen = model.config._attn_implementation
-    model.set_attn_implementation(DECODING)
+    """Inside, what reads the text attends as `decode` needs it. Raises ValueError where it has no choice of attention."""
+    text, whole = model.config.get_text_config(), model.config
+    part = next((name for name in whole.sub_configs if getattr(whole, name) is text), "")
+    chosen = text._attn_implementation
+    model.set_attn_implementation({part: DECODING})
     try:
         yield
     finally:
-        model.set_attn_implementation(chosen)
+        model.set_attn_implementation({part: chosen})
 
 
 @torch.no_grad()
 def decode(
-    model: Any, requests: Sequence[Request], batch_size: int, sampling: Sampling, end_ids: Sequence[int]
+    model: Any,
+    requests: Sequence[Request],
+    batch_size: int,
+    sampling: Sampling,
+    end_ids: Sequence[int],
+    images: PromptImages | None = None,
 ) -> Iterator[list[tuple[int, Written]]]:
     """Answers with the places of their requests, as they end; at most `batch_size` are written at a time.
 
-    Equal prompts should be neighbours, and prompts of like length near each other.
+    Equal prompts should be neighbours, and prompts of like length near each other. `images` reads those of the prompts.
     """
     device, limit = model.device, max(request.max_new_tokens for request in requests)
     cache, ends, between = (
@@ -55,18 +63,19 @@ def decode(
         torch.tensor(list(end_ids), device=device),
         tokens_between_looks(device),
     )
-    rows, begun = Rows.of([], [], limit, device), 0
+    rows, begun = Rows.of([], [], limit, device, torch.zeros(0, dtype=torch.long)), 0
     for tick in count():
         logits = []
         if len(rows):
-            positions_B1 = cache.begin_token()
+            positions_B1 = cache.begin_token() + rows.shifts_B1
             out = model(input_ids=rows.last_B1, position_ids=positions_B1, decoding=cache, use_cache=False)
             logits.append(out.logits[:, -1])
         entering = range(begun, begun + _entering(requests[begun:], batch_size - len(rows), batch_size))
         if entering:
             begun = entering.stop
-            logits.append(_read(model, cache, [requests[i] for i in entering]))
-            rows = rows.joined(Rows.of(requests, entering, limit, device))
+            first, shifts_B = _read(model, cache, [requests[i] for i in entering], images)
+            logits.append(first)
+            rows = rows.joined(Rows.of(requests, entering, limit, device, shifts_B))
         rows.write(*draw(torch.cat(logits), rows.uniforms_B, sampling), ends)
         if tick % between:
             continue
@@ -95,9 +104,12 @@ class Rows:
     limits_B1: Tensor
     going_B: Tensor
     last_B1: Tensor
+    shifts_B1: Tensor  # from the places of tokens to their positions: an image may take fewer positions than tokens
 
     @classmethod
-    def of(cls, requests: Sequence[Request], places: Sequence[int], limit: int, device: torch.device) -> Rows:
+    def of(
+        cls, requests: Sequence[Request], places: Sequence[int], limit: int, device: torch.device, shifts_B: Tensor
+    ) -> Rows:
         chosen, shape = [requests[i] for i in places], (len(places), limit + 1)
         limits_B1 = torch.tensor([[request.max_new_tokens] for request in chosen], dtype=torch.long).view(-1, 1)
         return cls(
@@ -109,6 +121,7 @@ class Rows:
             limits_B1.to(device, non_blocking=True),
             torch.ones(len(chosen), dtype=torch.bool, device=device),
             torch.zeros(len(chosen), 1, dtype=torch.long, device=device),
+            shifts_B[:, None].to(device, non_blocking=True),
         )
 
     def __len__(self) -> int:
@@ -145,6 +158,7 @@ class Rows:
     def _tensors(self) -> tuple[Tensor, ...]:
         return (
             self.uniforms_BN, self.ids_BN, self.logprobs_BN, self.counts_B1, self.limits_B1, self.going_B, self.last_B1,
+            self.shifts_B1,
         )  # fmt: skip
 
 
@@ -179,22 +193,27 @@ def _entering(waiting: Sequence[Request], places: int, batch_size: int) -> int:
 
 
 def _same(a: Request, b: Request) -> bool:
-    return np.array_equal(a.prompt_ids_T, b.prompt_ids_T)
+    return a.prompt == b.prompt
 
 
-def _read(model: Any, cache: Cache, requests: Sequence[Request]) -> Tensor:
-    """Logits (B, V) of the first token of each answer; neighbours with equal prompts share the reading."""
-    groups = [list(group) for _, group in groupby(requests, key=lambda request: request.prompt_ids_T.tobytes())]
+def _read(model: Any, cache: Cache, requests: Sequence[Request], images: PromptImages | None) -> tuple[Tensor, Tensor]:
+    """Logits (B, V) of the first token of each answer, and the shifts (B) of what follows; neighbours with equal prompts share the
+    reading."""
+    groups = [list(group) for _, group in groupby(requests, key=lambda request: request.prompt)]
     lengths_P = np.array([len(group[0].prompt_ids_T) for group in groups])
     counts_P = np.array([len(group) for group in groups])
     ids_T = torch.from_numpy(np.concatenate([group[0].prompt_ids_T for group in groups]).astype(np.int64))
-    with cache.reading(lengths_P, counts_P) as prompts:
+    packed = Packed(torch.zeros(len(groups), dtype=torch.long))
+    if images:
+        packed = images.packed([group[0] for group in groups], ids_T, cache.device)
+    with cache.reading(lengths_P, counts_P, packed.seen_whole) as prompts:
         out = model(
             input_ids=ids_T[None].to(cache.device),
-            position_ids=prompts.place_T[None],
             decoding=cache,
             use_cache=False,
             logits_to_keep=prompts.last_P,
+            **{"position_ids": prompts.place_T[None], **packed.arguments},
         )
-    repeats_P = torch.from_numpy(counts_P).to(cache.device)
-    return out.logits[0].repeat_interleave(repeats_P, dim=0, output_size=len(requests))
+    repeats_P = torch.from_numpy(counts_P)
+    logits_BV = out.logits[0].repeat_interleave(repeats_P.to(cache.device), dim=0, output_size=len(requests))
+    return logits_BV, packed.shifts_P.repeat_interleave(repeats_P)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from posttrain.distributed.device import shares_memory
 from posttrain.rollout.vllm_server import view
 
 ALIGNMENT = 256  # bytes, enough for every number format and every device
@@ -80,10 +81,9 @@ class DeviceMemory:
 
 def shares_device(device: torch.device, uuid: str | None) -> bool:
     """Whether this device is the one that a server named, and memory on it can be shared between processes."""
-    module = torch.get_device_module(device)
-    if uuid is None or not hasattr(module, "ipc_collect"):
+    if uuid is None or not shares_memory(device):
         return False
-    return str(getattr(module.get_device_properties(device), "uuid", "")) == uuid
+    return str(getattr(torch.get_device_module(device).get_device_properties(device), "uuid", "")) == uuid
 
 
 def write(memory: Tensor, start: int, weight: Tensor, dtype: torch.dtype) -> int:

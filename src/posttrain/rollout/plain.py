@@ -1,4 +1,4 @@
-"""Answers by transformers' own `generate`, for models that `decode` does not know: slower, with the same noise."""
+"""Answers by transformers' own `generate`, for models and prompts that `decode` does not know: slower, with the same noise."""
 
 # B answers, T longest prompt, N new tokens, V vocabulary
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from posttrain.rollout.decoding import Written, cut, uniforms_for
+from posttrain.rollout.prompt_images import PromptImages
 from posttrain.rollout.rollout import Request, Sampling
 from posttrain.rollout.sampling import draw
 
@@ -33,7 +34,13 @@ class Drawing(LogitsProcessor):
 
 
 @torch.no_grad()
-def generate(model: Any, requests: Sequence[Request], sampling: Sampling, end_ids: Sequence[int]) -> list[Written]:
+def generate(
+    model: Any,
+    requests: Sequence[Request],
+    sampling: Sampling,
+    end_ids: Sequence[int],
+    images: PromptImages | None = None,
+) -> list[Written]:
     """An answer to each request, in their order."""
     longest = max(len(request.prompt_ids_T) for request in requests)
     ids_BT = torch.full((len(requests), longest), end_ids[0], dtype=torch.long)
@@ -44,9 +51,11 @@ def generate(model: Any, requests: Sequence[Request], sampling: Sampling, end_id
         mask_BT[row, start:] = 1
     limits_B = np.array([request.max_new_tokens for request in requests])
     drawing = Drawing(uniforms_for(requests, int(limits_B.max())).to(model.device), sampling)
+    ids_BT = ids_BT.to(model.device)
     model.generate(
-        input_ids=ids_BT.to(model.device),
+        input_ids=ids_BT,
         attention_mask=mask_BT.to(model.device),
+        **(images.padded(requests, ids_BT) if images else {}),
         logits_processor=LogitsProcessorList([drawing]),
         # a config of its own, so that a model's generation_config.json cannot change what an evaluation means
         generation_config=GenerationConfig(

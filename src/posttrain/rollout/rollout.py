@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
-from posttrain.records import Completion
+from posttrain.records import Completion, ImageSource
 
 
 @dataclass(frozen=True)
@@ -26,15 +26,25 @@ class Request:
     key: tuple[int, ...]
     max_new_tokens: int
     first_position: int = 0
+    images: tuple[ImageSource, ...] = ()  # whose tokens are in the prompt, in their order
+
+    @property
+    def prompt(self) -> tuple[bytes, tuple[int, ...]]:
+        """The same for requests that ask the same: ids, and the very images that they are of."""
+        return self.prompt_ids_T.tobytes(), tuple(map(id, self.images))
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn; means the same in every engine. Temperature 0 takes the likeliest; `top_k` 0 leaves all."""
+    """How tokens are drawn; means the same in every engine. Temperature 0 takes the likeliest; `top_k` 0 leaves all.
+
+    Those of `never` are not drawn: one that stands for an image stands for nothing in an answer.
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+    never: tuple[int, ...] = ()
 
 
 class Rollout(Protocol):

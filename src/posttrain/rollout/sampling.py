@@ -21,7 +21,7 @@ def draw(logits_BV: Tensor, uniforms_B: Tensor, sampling: Sampling) -> tuple[Ten
     shifted_BV = shifted_BV - shifted_BV.amax(-1, keepdim=True)
     weights_BV = shifted_BV.exp()
     if sampling.temperature == 0:
-        ids_B = logits_BV.argmax(-1)
+        ids_B = _without(shifted_BV, sampling.never, float("-inf")).argmax(-1)
     else:
         sums_BV = _likely(weights_BV, sampling).cumsum(-1)
         # the first token whose sum reaches the number has a share of its own, as the number is above 0 and at most the last sum
@@ -32,6 +32,7 @@ def draw(logits_BV: Tensor, uniforms_B: Tensor, sampling: Sampling) -> tuple[Ten
 
 def _likely(weights_BV: Tensor, sampling: Sampling) -> Tensor:
     """Weights of the `top_k` likeliest tokens, and of those the fewest whose share is `top_p`; 0 for all others."""
+    weights_BV = _without(weights_BV, sampling.never, 0.0)
     if sampling.top_k:
         least_B1 = weights_BV.topk(min(sampling.top_k, weights_BV.shape[1])).values[:, -1:]
         weights_BV = weights_BV.where(weights_BV >= least_B1, 0)
@@ -42,3 +43,11 @@ def _likely(weights_BV: Tensor, sampling: Sampling) -> Tensor:
         least_B1 = sorted_BV.masked_fill(~kept_BV, float("inf")).amin(-1, keepdim=True)
         weights_BV = weights_BV.where(weights_BV >= least_B1, 0)
     return weights_BV
+
+
+def _without(values_BV: Tensor, never: tuple[int, ...], value: float) -> Tensor:
+    if never:
+        values_BV = values_BV.clone()
+    for token in never:  # one by one: a copy of their numbers to the device would be waited for, at every token
+        values_BV[:, token] = value
+    return values_BV

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
-from posttrain.config.schema import expand_path
+from posttrain.config.values import expand_path
 from posttrain.errors import InputError
 from posttrain.python_file import import_file
 from posttrain.rollout.calculator import calculator

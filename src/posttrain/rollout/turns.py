@@ -118,7 +118,7 @@ def _next_request(trajectory: _Trajectory, max_length: int | None) -> Request:
     ids_T = trajectory.ids_T
     room = trajectory.num_left if max_length is None else min(trajectory.num_left, max_length - len(ids_T))
     position = trajectory.request.first_position + trajectory.num_drawn
-    return Request(ids_T, trajectory.request.key, room, position)
+    return Request(ids_T, trajectory.request.key, room, position, trajectory.request.images)
 
 
 def _goes_on(trajectory: _Trajectory, tools: Tools, max_length: int | None, advance: Callable[[int], None]) -> bool:

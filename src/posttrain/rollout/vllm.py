@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from posttrain.config.schema import VLLMOptions
-from posttrain.distributed.device import Device
+from posttrain.distributed.device import Device, environment_with
 from posttrain.errors import InputError, RunError
 from posttrain.records import Completion, Segment
 from posttrain.rollout.handover import DeviceMemory, HostMemory, Memory, name_of, shares_device, size_of, write
@@ -29,7 +28,6 @@ from posttrain.rollout.server_process import SCRIPT, ServerProcess
 from posttrain.rollout.vllm_server import split
 
 CHUNK_BYTES = 2**28  # of weights that lie in shared memory at the same time; a larger tensor has a chunk of its own
-VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 IN_MEMORY = Path("/dev/shm")
 
 
@@ -90,7 +88,7 @@ class VLLMRollout:
             start_seconds=options.start_timeout_seconds,
             seconds=options.timeout_seconds,
             shared=[host.descriptor],
-            environment={VISIBLE_DEVICES: devices, "VLLM_NO_USAGE_STATS": "1"},
+            environment={**environment_with(devices), "VLLM_NO_USAGE_STATS": "1"},
         )
         uuids, memory = server.facts["devices"], cast(Memory, host)
         if device.has_own_memory and len(uuids) == 1 and shares_device(device.torch_device, uuids[0]):
@@ -215,11 +213,7 @@ def _devices(options: VLLMOptions, device: Device, local_rank: int) -> str:
             f"vllm.tensor_parallel_size={wanted} needs vllm.devices: a server on the trainer's own device has one, and on CPU "
             "none."
         )
-    if not device.has_own_memory:
-        return ""
-    index = device.torch_device.index or 0
-    visible = os.environ.get(VISIBLE_DEVICES, "").split(",")
-    return visible[index] if visible[0] else str(index)
+    return device.number if device.has_own_memory else ""
 
 
 def _place(tensors: Iterable[Tensor]) -> Path | None:

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from posttrain.config.dialects.tables import Lookup
-from posttrain.config.dialects.verl_sft import first_given, trackers
+from posttrain.config.dialects.verl_sft import first_given, lora_vision, trackers
 from posttrain.errors import InputError
 
 __all__ = ["trackers"]  # a rule of both tables
@@ -153,6 +153,18 @@ def adapter_scale(given: Lookup) -> dict[str, Any]:
     """Scripts that train all weights may give 0."""
     alpha = given("actor_rollout_ref.model.lora_alpha")
     return {"model.lora_alpha": alpha} if alpha or given("actor_rollout_ref.model.lora_rank") else {}
+
+
+def adapted_parts(given: Lookup) -> dict[str, Any]:
+    """As in fine-tuning: the vision tower and its projector get adapters too, unless they are left out."""
+    rank = given("actor_rollout_ref.model.lora_rank") or given.in_force("model.lora_rank")
+    return lora_vision(given, "actor_rollout_ref.model.exclude_modules") if rank else {}
+
+
+def frozen_tower(given: Lookup) -> dict[str, Any]:
+    """What verl calls the tower of Qwen's models holds their projector too; of other models it freezes nothing."""
+    frozen = bool(_switch(given, f"{ACTOR}.freeze_vision_tower"))
+    return {"model.freeze_vision_tower": frozen, "model.freeze_projector": frozen}
 
 
 def micro_batches(given: Lookup) -> dict[str, Any]:

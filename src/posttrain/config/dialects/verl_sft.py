@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 from posttrain.config.dialects.tables import Lookup, as_written
@@ -10,6 +11,12 @@ from posttrain.errors import InputError
 
 ALL_STATE = {"model", "optimizer", "extra"}  # what a checkpoint of verl is loaded with
 EVERY_EPOCH = "after_each_epoch"
+# layers as peft names them: those of vision towers with their projectors, by family, and those of any language model
+VISION = (
+    ("model.visual.blocks.0.attn.qkv", "model.visual.merger.mlp.0"),
+    ("model.vision_tower.encoder.layers.0.self_attn.q_proj", "model.multi_modal_projector.linear_1"),
+)
+LANGUAGE = ("model.language_model.layers.0.self_attn.q_proj", "model.language_model.layers.0.mlp.up_proj", "lm_head")
 
 
 def messages(given: Lookup) -> dict[str, Any]:
@@ -95,6 +102,36 @@ def _groups(given: Lookup) -> int:
     asked_for = (given("trainer.n_gpus_per_node") or 1) * (given("trainer.nnodes") or 1)
     sharing = first_given(given, "ulysses_sequence_parallel_size", "engine.ulysses_sequence_parallel_size")
     return max(1, int(os.environ.get("WORLD_SIZE", asked_for)) // int(sharing or 1))
+
+
+def adapted_parts(given: Lookup) -> dict[str, Any]:
+    """verl gives the vision tower and its projector adapters too, unless they are left out."""
+    return lora_vision(given, "model.exclude_modules") if given.in_force("model.lora_rank") else {}
+
+
+def lora_vision(given: Lookup, key: str) -> dict[str, Any]:
+    """Whether both get adapters, by the pattern or the list of names that peft leaves out."""
+    left_out = given(key)
+    if left_out in (None, [], "DONT_EXCLUDE"):  # the last as verl's own scripts write it
+        return {"model.lora_vision": True}
+    try:
+        of_vision = any(all(_matches(left_out, name) for name in names) for names in VISION)
+        of_language = any(_matches(left_out, name) for name in LANGUAGE)
+    except re.error as error:
+        raise InputError(f"{key}={left_out}: it is no regular expression: {error}.") from None
+    if of_vision and not of_language:
+        return {"model.lora_vision": False}
+    raise InputError(
+        f"{key}={left_out}: it may leave out the vision tower together with its projector, as .*visual.* does. Other layers are "
+        "chosen by model.target_modules alone, such as [q_proj,v_proj]."
+    )
+
+
+def _matches(left_out: Any, name: str) -> bool:
+    """As peft decides it: a text is a pattern of the whole name, a list holds ends of names."""
+    if isinstance(left_out, str):
+        return re.fullmatch(left_out, name) is not None
+    return any(name == end or name.endswith(f".{end}") for end in _as_list(left_out))
 
 
 def offload(given: Lookup) -> dict[str, Any]:

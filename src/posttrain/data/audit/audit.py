@@ -47,6 +47,8 @@ class Compared:
     row_hashes: Column = field(default_factory=lambda: Column(np.uint64))
     question_hashes: Column = field(default_factory=lambda: Column(np.uint64))
     signatures: Column = field(default_factory=lambda: Column(np.uint16, SIGNATURE_PLACES))
+    has_images: Column = field(default_factory=lambda: Column(np.bool_))
+    image_keys: Column = field(default_factory=lambda: Column(np.uint64))
     num_rows: int = 0
     files: list[str] = field(default_factory=list)
     begins: list[int] = field(default_factory=list)  # the number of each file's first row
@@ -60,6 +62,8 @@ class Compared:
         self.row_hashes.append(checked.row_hashes_R)
         self.question_hashes.append(checked.question_hashes_R)
         self.signatures.append(checked.signatures_RK)
+        self.has_images.append([bool(images) for images in checked.images_R])
+        self.image_keys.append([key for images in checked.images_R for key in images])
 
     def place(self, number: int) -> tuple[str, int]:
         file = bisect_right(self.begins, number) - 1
@@ -86,6 +90,8 @@ class Audit:
     kinds_R: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint32))
     lengths: Column = field(default_factory=lambda: Column(np.int32))
     kept_lengths: Column = field(default_factory=lambda: Column(np.int32))
+    image_sizes: Column = field(default_factory=lambda: Column(np.int32, 2))
+    image_tokens: Column = field(default_factory=lambda: Column(np.int32))
     num_trained: int = 0
     tokens: Counter[PartOfRole] = field(default_factory=Counter)
     trained: Counter[PartOfRole] = field(default_factory=Counter)
@@ -121,7 +127,7 @@ def audit(
     for checked in map_chunks(partial(partial, compare_only, checks.columns), read_rows(val_sources), num_workers):
         found.val.append(checked)
         progress(len(checked.places))
-    for number, kind, text in chain(_duplicates(found), _leaks(found)):
+    for number, kind, text in chain(_duplicates(found), _other_answers(found.train), _leaks(found)):
         found.findings.add(Finding(*found.train.place(number), kind, text))
         found.kinds_R[number] |= 1 << NUMBERS[kind]
     return found
@@ -144,6 +150,8 @@ def _add_chunk(found: Audit, checked: Checked) -> np.ndarray:
     found.train.append(checked)
     found.lengths.append(checked.lengths_N)
     found.kept_lengths.append(checked.kept_lengths_N)
+    found.image_sizes.append(checked.image_sizes)
+    found.image_tokens.append(checked.image_tokens)
     found.num_trained += checked.num_trained
     found.tokens += checked.tokens
     found.trained += checked.trained
@@ -158,6 +166,14 @@ def _duplicates(found: Audit) -> Iterator[tuple[int, str, str]]:
         yield row, "duplicate", f"the same as {train.said(first, row)}"
     for row, other, similar in near_duplicates(train.signatures.values, is_duplicate_R):
         yield row, "near-duplicate", f"about {similar:.0%} the same as {train.said(other, row)}"
+
+
+def _other_answers(train: Compared) -> Iterator[tuple[int, str, str]]:
+    rows_R = train.row_hashes.values
+    asked_R = np.where(train.has_images.values, train.question_hashes.values, NO_HASH)
+    for row, first in duplicates(asked_R):
+        if rows_R[row] != rows_R[first]:
+            yield row, "other-answer", f"asks what {train.said(first, row)} asks of the same images"
 
 
 def _leaks(found: Audit) -> Iterator[tuple[int, str, str]]:

@@ -15,7 +15,7 @@ from posttrain.data.audit.chunk import Checks
 from posttrain.data.audit.findings import KINDS
 from posttrain.data.audit.folder import FINDINGS, LEFT_OUT, REPORT, OutputFolder, output_folder
 from posttrain.data.audit.report import report
-from posttrain.data.sources import ROWS_A_READ, Source, open_file
+from posttrain.data.sources import Source, open_file, parquet_batches
 from posttrain.errors import InputError, RunError
 
 
@@ -47,6 +47,7 @@ def clean(
             raise RunError("The files changed while they were read; nothing was written. Run the same command again.")
         told = report(found, checks) | {"dropped_kinds": list(drop), "rows_left_out": int((~keep_R).sum())}
         told |= {"rows_written": int(keep_R.sum()), "written": [str(output / name) for name in names]}
+        told |= {"image_dirs": _image_dirs(sources, told["images"], checks)}
         _write_left_out(folder, drop)
         folder.write_json(REPORT, told)
     return told
@@ -81,6 +82,13 @@ def _names(sources: list[Source], output: Path) -> list[str]:
     return names
 
 
+def _image_dirs(sources: list[Source], images: dict[str, Any] | None, checks: Checks) -> list[str]:
+    """The folders at which relative paths of images began: the written rows lie elsewhere."""
+    if images is None or checks.columns.image_dir is not None:
+        return []
+    return list(dict.fromkeys(os.path.dirname(source.name) or "." for source in sources))
+
+
 def _num_rows(sources: list[Source], found: Audit) -> Iterator[int]:
     rows = iter(found.train.rows_a_file())
     waiting = next(rows, None)
@@ -104,9 +112,10 @@ def _write_parquet(source: Source, keep_R: np.ndarray, place: Path) -> None:
             place, file.schema_arrow, compression="NONE" if codec == "UNCOMPRESSED" else codec
         ) as writer:
             begin = 0
-            for batch in file.iter_batches(batch_size=ROWS_A_READ):
+            for batch in parquet_batches(file):
                 kept = batch.filter(pa.array(keep_R[begin : begin + len(batch)]))
-                writer.write_batch(kept)
+                if len(kept):
+                    writer.write_batch(kept)
                 begin += len(batch)
 
 

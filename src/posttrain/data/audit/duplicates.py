@@ -33,24 +33,26 @@ _MIX = np.uint64(0x9E3779B97F4A7C15)
 _FIRST_WORDLESS_SCRIPT = 0x2E80  # from here on (Chinese, Japanese, Korean, emoji) each character is a word
 
 
-def row_hash(record: Conversation | Tokens) -> int:
-    """64 bits that are equal where two rows say the same, but for white space and forms of one character."""
+def row_hash(record: Conversation | Tokens, images: tuple[int, ...] = ()) -> int:
+    """64 bits that are equal where two rows say the same of the same images, but for white space and forms of one character."""
     if isinstance(record, Tokens):
         return _hash(record.ids_T.tobytes() + record.weights_T.tobytes())
     said = [
         (m["role"], _normalised(text_of(m)), m.get("tool_calls"), m.get("reasoning_content")) for m in record.messages
     ]
-    return _hash(json.dumps([said, record.tools], default=str).encode())
+    return _hash(json.dumps([said, record.tools, images], default=str).encode())
 
 
-def question_hash(record: Conversation | Tokens) -> int:
-    """64 bits that are equal where two rows ask the same, whatever the system prompt; NO_HASH without a question."""
+def question_hash(record: Conversation | Tokens, images: tuple[int, ...] = ()) -> int:
+    """64 bits that are equal where two rows ask the same of the same images, whatever the system prompt; NO_HASH without a
+    question."""
     if isinstance(record, Tokens):
         return int(NO_HASH)
     messages = record.messages
     end = next((i for i in range(len(messages) - 1, -1, -1) if messages[i]["role"] == "assistant"), len(messages))
     asked = [(m["role"], _normalised(text_of(m))) for m in messages[:end] if m["role"] not in ("system", "developer")]
-    return _hash(json.dumps(asked).encode()) if any(text for _, text in asked) else int(NO_HASH)
+    is_question = bool(images) or any(text for _, text in asked)
+    return _hash(json.dumps([asked, images]).encode()) if is_question else int(NO_HASH)
 
 
 def compared_text(record: Conversation | Tokens) -> str:
@@ -74,6 +76,15 @@ def signatures(texts: list[str]) -> np.ndarray:
             found[:, place] = least_R ^ (least_R >> np.uint32(16))
     found[counts_R == 0] = 0
     return found
+
+
+def apart_by_images(signatures_RK: np.ndarray, images_R: list[tuple[int, ...]]) -> np.ndarray:
+    """The signatures, so that those of rows with other images agree by chance alone."""
+    told_RK = signatures_RK.copy()
+    for row, images in enumerate(images_R):
+        if images and signatures_RK[row].any():
+            told_RK[row] ^= np.random.default_rng(images).integers(1, 2**16, SIGNATURE_PLACES, dtype=np.uint16)
+    return told_RK
 
 
 def duplicates(hashes_R: np.ndarray) -> Iterator[tuple[int, int]]:

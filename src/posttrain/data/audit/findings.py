@@ -26,12 +26,12 @@ KINDS = {
         is_wrong=True,
     ),
     "duplicate": Kind(
-        "rows whose messages are those of an earlier row, but for white space",
+        "rows whose messages and images are those of an earlier row, but for white space",
         "Leave them out with `posttrain data clean`, unless they shall count more.",
         is_wrong=True,
     ),
     "leak": Kind(
-        "rows whose question is one of the validation rows'",
+        "rows whose question, with its images, is one of the validation rows'",
         "Leave them out with `posttrain data clean`: a validation that was trained on says nothing.",
         is_wrong=True,
     ),
@@ -46,6 +46,17 @@ KINDS = {
     "too-long": Kind(
         "samples longer than data.max_length",
         "Raise data.max_length if memory allows, or choose with data.truncation what becomes of them.",
+    ),
+    "huge-image": Kind(
+        "images of more than 32 million pixels",
+        "Scale them down: reading one takes a second, and its model never sees so many.",
+    ),
+    "tiny-image": Kind(
+        "images with a side of fewer than 28 pixels", "Look at some: often a placeholder, or what a failed download left."
+    ),
+    "other-answer": Kind(
+        "rows that ask the same of the same images as an earlier row, and are not the same otherwise",
+        "Look at some: right where several answers are, such as descriptions; else one of two is wrong.",
     ),
     "cut-answer": Kind(
         "trained turns that truncation cuts or removes",

@@ -11,6 +11,7 @@ import numpy as np
 from posttrain.data.audit.audit import Audit
 from posttrain.data.audit.chunk import TOO_LONG, Checks
 from posttrain.data.audit.findings import KINDS
+from posttrain.wording import counted
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -37,6 +38,7 @@ def report(found: Audit, checks: Checks) -> dict[str, Any]:
         "rows_dropped": _sorted(dropped),
         "findings": {kind: _of_kind(found, kind) for kind in KINDS if found.findings.counts[kind]},
         "tokens": _tokens(found, checks) if len(found.lengths.values) else None,
+        "images": _images(found) if found.train.has_images.values.any() else None,
         "not_checked": _not_checked(found, checks),
     }
 
@@ -48,7 +50,7 @@ def as_page(told: dict[str, Any]) -> list[RenderableType]:
     files = told["files"]
     names = ", ".join(file["file"] for file in files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
     page: list[RenderableType] = [
-        Text(f"{names}: {told['rows_read']:,} rows, {told['rows_used']:,} can be used", "bold")
+        Text(f"{names}: {counted(told['rows_read'], 'row')}, {told['rows_used']:,} can be used", "bold")
     ]
     for kind, of_kind in told["findings"].items():
         page.append(_finding(kind, of_kind))
@@ -56,6 +58,8 @@ def as_page(told: dict[str, Any]) -> list[RenderableType]:
         page.append(Text("Nothing was found.", "green"))
     if told["tokens"]:
         page += _tokens_page(told["tokens"])
+    if told["images"]:
+        page.append(Text(_images_said(told["images"])))
     page += [Text(f"not checked: {reason}", "yellow") for reason in told["not_checked"]]
     return page
 
@@ -85,11 +89,29 @@ def _tokens(found: Audit, checks: Checks) -> dict[str, Any]:
         "num_trained_tokens": found.num_trained,
         "max_length": checks.max_length,
         "truncation": checks.truncation,
-        "length_percentiles": {str(p): int(np.percentile(lengths_N, p)) for p in PERCENTILES},
+        "length_percentiles": _percentiles(lengths_N),
         "lengths": _histogram(lengths_N),
         "parts": parts,
         "padded_tokens": _padded(kept_N),
     }
+
+
+def _images(found: Audit) -> dict[str, Any]:
+    """Sizes are of those that can be read, in pixels; tokens of those in rows that can be rendered."""
+    sizes_I, tokens_I = found.image_sizes.values, found.image_tokens.values
+    return {
+        "num_images": len(found.train.image_keys.values),
+        "num_different": len(np.unique(found.train.image_keys.values)),
+        "rows_with_images": int(found.train.has_images.values.sum()),
+        "num_tokens": int(tokens_I.sum(dtype=np.int64)),
+        "widths": _percentiles(sizes_I[:, 0]),
+        "heights": _percentiles(sizes_I[:, 1]),
+        "tokens_an_image": _percentiles(tokens_I),
+    }
+
+
+def _percentiles(values: np.ndarray) -> dict[str, int]:
+    return {str(p): int(np.percentile(values, p)) for p in PERCENTILES} if len(values) else {}
 
 
 def _histogram(lengths_N: np.ndarray) -> list[dict[str, int]]:
@@ -131,7 +153,7 @@ def _finding(kind: str, of_kind: dict[str, Any]) -> RenderableType:
     text = Text()
     places = f" ({of_kind['count']:,} places)" if of_kind["count"] > of_kind["rows"] else ""
     text.append(
-        f"\n{of_kind['rows']:,} {'row' if of_kind['rows'] == 1 else 'rows'}{places}  {kind}",
+        f"\n{counted(of_kind['rows'], 'row')}{places}  {kind}",
         "bold red" if of_kind["is_wrong"] else "bold yellow",
     )
     text.append(f": {of_kind['meaning']}\n")
@@ -160,6 +182,19 @@ def _tokens_page(tokens: dict[str, Any]) -> list[RenderableType]:
         f"length in tokens, share of samples that are no longer: {percentiles}",
     ]
     return [Text("\n".join(lines)), _picture(tokens), _parts_table(tokens["parts"])]
+
+
+def _images_said(images: dict[str, Any]) -> str:
+    lines = [
+        f"\n{counted(images['num_images'], 'image')}, {images['num_different']:,} of them different, in "
+        f"{counted(images['rows_with_images'], 'row')}"
+    ]
+    named = {"width in pixels": "widths", "height in pixels": "heights", "tokens an image": "tokens_an_image"}
+    for name, key in named.items():
+        if images[key]:
+            said = ", ".join(f"{p}%: {value:,}" for p, value in images[key].items())
+            lines.append(f"{name}, share of images that have no more: {said}")
+    return "\n".join(lines)
 
 
 def _times(count: int, packed: int) -> str:

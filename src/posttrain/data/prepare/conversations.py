@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain.data.formats import Columns, conversation_of
 from posttrain.data.messages import FUNCTION_CALL, RowError, checked_text
-from posttrain.data.prepare.data_set import LOST, DataSet
+from posttrain.data.prepare.data_set import LOST, TRAIN, DataSet
 from posttrain.data.sources import Row
 from posttrain.records import Conversation
 
@@ -75,7 +75,8 @@ def _text(content: Any) -> str | None:
     if not isinstance(content, list):
         return content
     if other := next((part["type"] for part in content if part["type"] != "text"), None):
-        raise RowError("part that is no text", f"a message has a part of type {other!r}")
+        found = f"a message has a part of type {other!r}, and only text is written; train on such rows as they are"
+        raise RowError("part that is no text", found)
     return "".join(part["text"] for part in content)
 
 
@@ -124,6 +125,6 @@ MULTITURN = DataSet(
     {"train": ("train",), "test": ("test",)},
     partial(_chat_row, data_source="multiturn_sft"),
     conversation_schema,
-    own_rows=OWN_CONVERSATIONS,
+    own_rows={TRAIN: OWN_CONVERSATIONS},
     held_out=HELD_OUT,
 )

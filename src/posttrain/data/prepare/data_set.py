@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posttrain.config.schema import expand_path
+from posttrain.config.values import expand_path
 from posttrain.data.messages import RowError
 from posttrain.data.prepare.files import SplitFiles, copy_files, open_remote
 from posttrain.data.sources import READERS, Row, Source, find_sources, read_rows
@@ -34,8 +34,8 @@ class DataSet:
 
     `splits`: each file to write, with the names that its split has at the source, the hub's first. `to_row` takes a row,
     its split and its number there; a RowError from it leaves the row out and counts it, an InputError stops. What it
-    names under LOST is said, not written. Without a `hub_name` there are `own_rows`. `held_out` is the share that becomes
-    `test` where the source has no such split.
+    names under LOST is said, not written. Without a `hub_name` there are `own_rows`, by split. `held_out` is the share that
+    becomes `test` where the source has no such split.
     """
 
     name: str
@@ -44,7 +44,7 @@ class DataSet:
     schema: Callable[[], pa.Schema]
     hub_name: str | None = None
     hub_config: str | None = None
-    own_rows: tuple[dict[str, Any], ...] = ()
+    own_rows: Mapping[str, Iterable[dict[str, Any]]] = field(default_factory=dict)
     held_out: float = 0.0
 
 
@@ -156,8 +156,8 @@ def _digest(row: dict[str, Any]) -> int:
 
 
 def _read(data_set: DataSet, sources: list[Source], split: str) -> Iterator[Row]:
-    if not data_set.hub_name and not sources and split == TRAIN:
-        yield from (Row(OWN_ROWS, number, values) for number, values in enumerate(data_set.own_rows))
+    if not data_set.hub_name and not sources:
+        yield from (Row(OWN_ROWS, number, values) for number, values in enumerate(data_set.own_rows.get(split, ())))
     try:
         yield from read_rows(sources)
     except InputError as error:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posttrain.config.schema import expand_path
+from posttrain.config.values import expand_path
 from posttrain.errors import InputError, RunError
 
 if TYPE_CHECKING:

@@ -7,17 +7,9 @@ from functools import lru_cache
 from typing import Any
 
 from posttrain.data.encoded import Part
-from posttrain.data.provenance.marked import (
-    TEMPLATE,
-    TOOLS,
-    MarkedDict,
-    Question,
-    Source,
-    Trace,
-    answer,
-    code_of,
-    marked,
-)
+from posttrain.data.provenance.forms import in_parts
+from posttrain.data.provenance.marked import TEMPLATE, TOOLS, MarkedDict, code_of, marked
+from posttrain.data.provenance.trace import Question, Source, Trace, answer
 
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 REASONING_TAGS = (
@@ -67,12 +59,14 @@ class MarkedConversation:
         variables: dict[str, Any],
         row_variables: dict[str, Any] | None = None,
         drops_nulls: bool = True,
+        parts_only: bool = False,
     ):
-        """`drops_nulls`: whether this version of transformers keeps null fields from templates."""
+        """`drops_nulls`: whether this version of transformers keeps null fields from templates. `parts_only`: whether
+        `with_messages` gives texts as lists of one part."""
         self.trace = Trace()
         # what was rendered of it, by the number of messages and whether with a prompt
         self.rendered: dict[tuple[int, bool], Any] = {}
-        self.drops_nulls = drops_nulls
+        self.drops_nulls, self.parts_only = drops_nulls, parts_only
         self.plain = [_with_reasoning_names(message, drops_nulls) for message in messages]
         self.kinds: dict[int, tuple[Any, Kind]] = {}  # with the questions that they answer
         self.shapes = [_shape(message) for message in self.plain]
@@ -85,7 +79,10 @@ class MarkedConversation:
 
     def with_messages(self, messages: list[dict[str, Any]]) -> MarkedConversation:
         """Other messages in the same surroundings."""
-        return MarkedConversation(messages, self.tools, self.variables, self.row_variables, self.drops_nulls)
+        messages = in_parts(messages) if self.parts_only else messages
+        return MarkedConversation(
+            messages, self.tools, self.variables, self.row_variables, self.drops_nulls, self.parts_only
+        )
 
     def arguments(self, count: int, generation_prompt: bool) -> dict[str, Any]:
         """What the template is called with, for the first `count` messages."""

@@ -27,8 +27,6 @@ from posttrain.data.provenance.marked import (
     TEMPLATE,
     Marked,
     MarkedDict,
-    Mixed,
-    Source,
     codes_of,
     derived,
     join,
@@ -37,6 +35,7 @@ from posttrain.data.provenance.marked import (
     owner_of,
     uniform,
 )
+from posttrain.data.provenance.trace import Mixed, Source
 
 Run = tuple[int, int, int, Part]  # start, end, message (-1: the tools), part
 

@@ -11,15 +11,18 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from posttrain.config.schema import expand_path
-from posttrain.data.encoded import NO_MESSAGE, Part
+from posttrain.config.values import expand_path
+from posttrain.data.encoded import NO_MESSAGE, EncodedImage, Part
 from posttrain.data.show.blocks import Block, apart_of, blocks_of, owners
+from posttrain.data.show.pictures import place_of, thumbnail
 from posttrain.data.show.samples import TEMPLATE, Group, Refused, Shown
-from posttrain.data.show.terminal import cut_line, headline
+from posttrain.data.show.terminal import cut_line, headline, image_line
 from posttrain.data.show.visible import marked
 from posttrain.errors import InputError
+from posttrain.wording import counted
 
 ROLES = ("system", "user", "assistant", "tool")  # those with a colour of their own
+IMAGE = "image "  # and its number: what sets its tokens apart
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,8 @@ def write_page(path: str, summary: Summary, groups: Sequence[Group]) -> str:
     except OSError as error:
         raise InputError(f"--html {path} cannot be written: {error}. Name another file.") from None
     told = counts(groups)
-    said = f"{_counted(told['samples'], 'sample')}, {_counted(told['tokens'])}, {told['share']:.0%} trained"
-    left = f"; {told['unused']:,} not used, {_counted(told['refused'], 'row')} refused"
+    said = f"{counted(told['samples'], 'sample')}, {counted(told['tokens'], 'token')}, {told['share']:.0%} trained"
+    left = f"; {told['unused']:,} not used, {counted(told['refused'], 'row')} refused"
     return f"{file}: {said}{left if told['unused'] or told['refused'] else ''}"
 
 
@@ -77,6 +80,7 @@ def counts(groups: Sequence[Group]) -> dict[str, Any]:
         "tokens": tokens,
         "trained": trained,
         "share": trained / tokens if tokens else 0.0,
+        "images": sum(len(s.encoded.images) for s in samples),
         "cut": sum(s.num_cut for s in samples if not s.unused),
         "unused": sum(bool(s.unused) for s in samples),
         "refused": sum(isinstance(row, Refused) for group in groups for row in group.rows),
@@ -132,6 +136,8 @@ def _markup(sample: Shown) -> Iterator[str]:
     """Blocks of messages; in them what is set apart; in that runs of tokens alike; each token an `i`."""
     tokens = list(_tokens(sample))
     apart_T = apart_of(sample.encoded, sample.controls_T)
+    for number, image in enumerate(sample.encoded.images):
+        apart_T[image.begin : image.end] = [f"{IMAGE}{number}"] * (image.end - image.begin)
     classes_T = _classes(sample)
     for block in blocks_of(sample.encoded):
         num_trained = 0 if sample.unused else int((sample.targets_T[block.begin : block.end] > 0).sum())
@@ -139,12 +145,12 @@ def _markup(sample: Shown) -> Iterator[str]:
         yield f'<section class="{name}">{_label(sample, block, num_trained)}<div class=x>'
         for apart, begin, end in _runs(apart_T[block.begin : block.end]):
             run = "".join(_run_markup(sample, tokens, classes_T, block.begin + begin, block.begin + end))
-            yield _set_apart(apart, run, end - begin) if apart else run
+            yield _set_apart(sample, apart, run, end - begin) if apart else run
         yield "</div></section>\n"
 
 
 def _label(sample: Shown, block: Block, num_trained: int) -> str:
-    said = [sample.role_of(block.message), _counted(block.end - block.begin)]
+    said = [sample.role_of(block.message), counted(block.end - block.begin, "token")]
     said[1:1] = [f"message {block.message}"] * (block.message != NO_MESSAGE)
     said += [f"{num_trained:,} trained"] * (num_trained > 0)
     left_out = any(turn.weight == 0 for turn in sample.encoded.turns if turn.message == block.message)
@@ -157,14 +163,20 @@ def _role_class(sample: Shown, block: Block) -> str:
     return f"r-{role}" if role in (*ROLES, TEMPLATE) else "r-other"
 
 
-def _set_apart(apart: str, run: str, num_tokens: int) -> str:
+def _set_apart(sample: Shown, apart: str, run: str, num_tokens: int) -> str:
+    if apart.startswith(IMAGE):
+        return _image_markup(sample.encoded.images[int(apart.removeprefix(IMAGE))], run)
     if apart == "tools":  # long, and seldom what one looks for
-        return f"<details class=tools><summary>tools · {_counted(num_tokens)}</summary>{run}</details>"
+        return f"<details class=tools><summary>tools · {counted(num_tokens, 'token')}</summary>{run}</details>"
     return f'<div class="apart {apart.replace(" ", "-")}"><em>{apart}</em>{run}</div>'
 
 
-def _counted(count: int, what: str = "token") -> str:
-    return f"{count:,} {what}{'' if count == 1 else 's'}"
+def _image_markup(image: EncodedImage, run: str) -> str:
+    """The image, and its tokens folded below it."""
+    drawn, place = thumbnail(image.source), escape(place_of(image.source))
+    picture = f'<img src="{drawn.url}" width={drawn.width} height={drawn.height} alt="image" title="{place}">'
+    tokens = f"<details><summary>{image_line(image)}</summary>{run}</details>"
+    return f"<div class=image>{picture}{tokens}</div>"
 
 
 def _classes(sample: Shown) -> list[str]:

@@ -48,6 +48,8 @@ def reasons_of(encoded: Encoded, roles_M: Sequence[str]) -> list[str]:
             turn, header, message, part, weight = key
             known[key] = why.reason(turn, header, message, Part(part), weight)
         reasons.append(known[key])
+    for number, image in enumerate(encoded.images):
+        reasons[image.begin : image.end] = [f"not trained: image {number}"] * (image.end - image.begin)
     return reasons
 
 

@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 
 from posttrain.data.chat import ChatTokenizer
-from posttrain.data.encoded import NO_MESSAGE, Encoded, Part
+from posttrain.data.encoded import NO_MESSAGE, Encoded, EncodedImage, Part
 from posttrain.data.formats import Columns, RowError, conversation_or_error
 from posttrain.data.show.blocks import owners
+from posttrain.data.show.pictures import place_of
 from posttrain.data.show.reasons import reasons_of
 from posttrain.data.sources import Row
+from posttrain.data.truncation import lost_image, why_lost
 from posttrain.records import Conversation
 
 ROWS_AT_ONCE = 64
@@ -151,6 +153,8 @@ class Shown:
             "reasons": reasons_of(encoded, self.roles_M),
             "notes": list(encoded.notes),
         }
+        if encoded.images:
+            told["images"] = [_image_json(image) for image in encoded.images]
         if self.number is not None:
             told["sample"] = self.number
         if self.num_cut:
@@ -158,6 +162,12 @@ class Shown:
         if self.unused:
             told["unused"] = self.unused
         return told
+
+
+def _image_json(image: EncodedImage) -> dict[str, Any]:
+    """Tokens [begin, end) are what stands for it."""
+    told = {"begin": image.begin, "end": image.end, "width": image.width, "height": image.height}
+    return told | {"source": place_of(image.source)}
 
 
 @dataclass(frozen=True)
@@ -175,7 +185,7 @@ def shown_rows(
     """For each row its samples, or why it gives none."""
     rows = iter(rows)
     while some := list(islice(rows, ROWS_AT_ONCE)):
-        conversations = [conversation_or_error(row.values, columns) for row in some]
+        conversations = [conversation_or_error(row.values, columns, row.folder) for row in some]
         encoded = iter(chat.encode_many([c for c in conversations if not isinstance(c, RowError)]))
         for row, conversation in zip(some, conversations, strict=True):
             samples = conversation if isinstance(conversation, RowError) else next(encoded)
@@ -205,6 +215,8 @@ def shown_sample(
                 unused = f"dropped: {too_long} (data.truncation=drop)"
             case "error":
                 unused = f"a run stops here: {too_long} (data.truncation=error; choose drop, left or right)"
+    if not unused and (image := lost_image(encoded.images, begin, end, length.most)):
+        unused = f"dropped: {why_lost(image, length.most)}"
     if not unused and not (encoded.weights_T[begin + 1 : end] > 0).any():
         unused = f"dropped: no trained token {'is left' if end - begin < len(encoded) else 'in it'}"
     starts, ends = encoded.offsets_TC.T

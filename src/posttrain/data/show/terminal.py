@@ -7,9 +7,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posttrain.data.encoded import Part
+from posttrain.data.encoded import EncodedImage, Part
 from posttrain.data.show.samples import TEMPLATE, Group, Refused, Shown
 from posttrain.data.show.visible import marked
+from posttrain.wording import counted
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -79,9 +80,13 @@ def headline(sample: Shown) -> str:
     number = "" if sample.number is None else f", sample {sample.number}"
     share = f" ({sample.num_trained / sample.num_used:.0%})" if sample.num_used else ""
     used = sample.num_used if not sample.unused else len(sample)
-    return (
-        f"{Path(sample.source).name} row {sample.row}{number}: {used:,} tokens, {sample.num_trained:,} trained{share}"
-    )
+    place = f"{Path(sample.source).name} row {sample.row}{number}"
+    return f"{place}: {used:,} tokens, {sample.num_trained:,} trained{share}{_images_said(sample)}"
+
+
+def image_line(image: EncodedImage) -> str:
+    """Its size and what it costs."""
+    return f"{image.width}x{image.height}, {counted(image.end - image.begin, 'token')}"
 
 
 def cut_line(sample: Shown) -> str:
@@ -92,8 +97,19 @@ def cut_line(sample: Shown) -> str:
     return f"the {side} {sample.num_cut:,} of {len(sample):,} tokens are cut (data.truncation={'left' if sample.begin else 'right'})"
 
 
+def _images_said(sample: Shown) -> str:
+    images = sample.encoded.images
+    num_tokens = sum(image.end - image.begin for image in images)
+    return f", {counted(len(images), 'image')} of {counted(num_tokens, 'token')}" if images else ""
+
+
 def _shown(sample: Shown) -> list[str]:
-    return ["".join(_visible(*piece) for piece in pieces) for pieces in marked(sample)]
+    """What stands for each token; an image is said once, by its first."""
+    shown = ["".join(_visible(*piece) for piece in pieces) for pieces in marked(sample)]
+    for image in sample.encoded.images:
+        shown[image.begin : image.end] = [""] * (image.end - image.begin)
+        shown[image.begin] = f"[image {image_line(image)}]"
+    return shown
 
 
 def _visible(character: str, mark: str) -> str:
@@ -112,4 +128,6 @@ def _styles(sample: Shown) -> list[str]:
             style = TRAINED if weight > 0 else _ROLES.get(roles[t], "white")
         italic = " italic" if parts[t] == Part.REASONING else ""
         styles.append(f"{style}{italic}{' underline' if controls[t] else ''}")
+    for image in sample.encoded.images:
+        styles[image.begin : image.end] = [f"{styles[image.begin]} reverse"] * (image.end - image.begin)
     return styles

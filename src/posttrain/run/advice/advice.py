@@ -40,6 +40,7 @@ class EarlierRun:
     imitated: bool  # it was SFT
     val_files: tuple[str, ...] = ()
     accuracy: tuple[float, float, float] | None = None  # with its interval, of its last validation
+    val_temperature: float = 0.0  # at which its answers were drawn
 
 
 @dataclass

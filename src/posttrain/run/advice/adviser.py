@@ -91,6 +91,7 @@ def earlier_run(model_path: str) -> EarlierRun | None:
         not history.of("rollout/reward_mean"),
         tuple((options.get("data") or {}).get("val_files") or ()),
         (shares[0][-1], shares[1][-1], shares[2][-1]) if all(shares) else None,
+        float((options.get("rollout") or {}).get("val_temperature") or 0.0),
     )
 
 

@@ -77,6 +77,8 @@ def other_model(seen: Seen) -> Advice | None:
         return None
     if tuple(seen.config.data.val_files) != seen.earlier.val_files:
         return None
+    if seen.config.rollout.val_temperature != seen.earlier.val_temperature:
+        return None
     then, low, _ = seen.earlier.accuracy
     high = seen.history.of("val/val_accuracy_high")[0]
     if high >= low:

@@ -8,6 +8,7 @@ from statistics import median
 from posttrain.run.advice.advice import ADAPTERS_BEAR, Advice, Seen, number
 from posttrain.run.advice.history import ENOUGH, Change, mean, worst_rise
 from posttrain.run.advice.rate import TINY, named, usual_range
+from posttrain.wording import counted
 
 LOSS, NORM, VALIDATION = "train/loss", "train/grad_norm", "val/val_loss"
 KNOWN_ALREADY = 0.05  # nats a token
@@ -103,7 +104,7 @@ def batch_too_small(seen: Seen) -> Advice | None:
         return None
     return Advice(
         "batch-too-small",
-        f"{told(change, seen)}: with {rows} {'row' if rows == 1 else 'rows'} a step, one step's noise hides any fall.",
+        f"{told(change, seen)}: with {counted(rows, 'row')} a step, one step's noise hides any fall.",
         [
             f"data.train_batch_size={max(32, 4 * rows)}: four times the rows halve the noise. Micro-batches keep the memory as it is.",
             "More steps (trainer.total_epochs), or a validation (data.val_files), whose rows are always the same.",
@@ -168,7 +169,7 @@ def known_rows(seen: Seen) -> Advice | None:
     if seen.draws_answers or not first or first[0] >= KNOWN_ALREADY:
         return None
     remedies = [
-        "posttrain data check FILES names rows that occur twice; see that no validation row stands in data.train_files too."
+        f"Rows that occur twice, or in validation too: posttrain data check {seen.config.trainer.default_local_dir}/config.yaml"
     ]
     if seen.earlier is not None:
         remedies.append(f"The model comes from {seen.earlier.folder}: it may have learnt these rows there.")

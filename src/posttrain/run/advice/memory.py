@@ -11,6 +11,9 @@ from posttrain.run.advice.advice import Advice
 GIB = 2**30
 # kept for the backward pass of a block, in elements a token: counted in transformers' Qwen2 (docs/memory.md)
 HIDDEN_KEPT, INNER_KEPT = 11, 4
+FOUR_BITS = 0.5 + 2 / 64  # bytes a weight: its code, and its part of a block's scale
+EIGHT_BITS = 1 + 4 / 256  # likewise of one of AdamW's averages
+INPUTS_HERE = 2  # of blocks, where the others' are in the host's memory
 
 
 @dataclass(frozen=True)
@@ -33,19 +36,31 @@ class Needs:
     optimizer_offload: bool = False
     reference_offload: bool = False
     recompute_every: int | None = None
+    activation_offload: bool = False
+    num_linear: int = 0  # frozen weights that could be kept in 4 bits
+    in_4bit: bool = False
+    averages_in_8bit: bool = False
+    stays_gathered: bool = False  # all weights, from the forward pass to the backward pass
+    tower_learns: bool = False  # so that its activations are kept, which are not reckoned here
+
+    @property
+    def computed(self) -> float:
+        """All weights in the form in which they are gathered to compute."""
+        in_4bit = self.num_linear if self.in_4bit else 0
+        return (self.num_weights - in_4bit) * self.computed_bytes + in_4bit * FOUR_BITS
 
     @property
     def at_rest(self) -> float:
         """This device's part of the weights: trained ones as they are kept, frozen ones as they are computed with."""
-        kept = self.num_trained * self.kept_bytes + (self.num_weights - self.num_trained) * self.computed_bytes
+        kept = self.computed + self.num_trained * (self.kept_bytes - self.computed_bytes)
         return 0 if self.param_offload else kept / self.shards
 
     @property
     def weights(self) -> float:
         """That, and what is gathered of them for a while."""
         whole = self.shards > 1 or self.param_offload or self.computed_bytes != self.kept_bytes
-        gathered = 2 * self.num_weights / max(self.num_blocks, 1) * self.computed_bytes if self.sharded and whole else 0
-        return self.at_rest + gathered
+        share = 1 if self.stays_gathered else 2 / max(self.num_blocks, 1)
+        return self.at_rest + (share * self.computed if self.sharded and whole else 0)
 
     @property
     def gradients(self) -> float:
@@ -54,7 +69,8 @@ class Needs:
     @property
     def averages(self) -> float:
         """Both of AdamW's."""
-        return 0 if self.optimizer_offload else 2 * self.num_trained * self.kept_bytes / self.shards
+        size = EIGHT_BITS if self.averages_in_8bit else self.kept_bytes
+        return 0 if self.optimizer_offload else 2 * self.num_trained * size / self.shards
 
     @property
     def copy(self) -> float:
@@ -70,7 +86,8 @@ class Needs:
         if self.recompute_every is None:
             return self.tokens * self.num_blocks * block
         recomputed = -(-self.num_blocks // self.recompute_every)
-        inputs = recomputed * self.hidden * self.computed_bytes
+        here = min(recomputed, INPUTS_HERE) if self.activation_offload else recomputed
+        inputs = here * self.hidden * self.computed_bytes
         return self.tokens * (inputs + (self.num_blocks - recomputed + 1) * block)
 
     @property
@@ -90,7 +107,8 @@ class Needs:
             "the reference": self.copy,
         }
         said = ", ".join(f"{name} {gib(size)}" for name, size in parts.items() if size)
-        return f"{said}, about {gib(self.activations)} for a micro-batch of {self.tokens:,} tokens"
+        beside = " beside what its images take in the vision tower" if self.tower_learns else ""
+        return f"{said}, about {gib(self.activations)} for a micro-batch of {self.tokens:,} tokens{beside}"
 
 
 def gib(size: float) -> str:
@@ -138,14 +156,14 @@ def out_of_memory(
 def remedies(needs: Needs, config: Config, has_own_memory: bool, capacity_gib: float | None) -> list[str]:
     """What takes less, nearest first; where even without rows nothing would fit, not what only makes rows smaller."""
     fits_else = capacity_gib is None or needs.fixed < capacity_gib * GIB
-    found = [*_smaller_rows(needs, config, capacity_gib)] if fits_else else []
+    found = [*_smaller_rows(needs, config, has_own_memory, capacity_gib)] if fits_else else []
     found += [*_fewer_numbers(needs, config, has_own_memory)]
     if fits_else:
         found += [*_shorter_samples(needs, config)]
     return [*found, *_more_devices(needs, config, has_own_memory, fits_else)]
 
 
-def _smaller_rows(needs: Needs, config: Config, capacity_gib: float | None) -> Iterator[str]:
+def _smaller_rows(needs: Needs, config: Config, has_own_memory: bool, capacity_gib: float | None) -> Iterator[str]:
     data, model = config.data, config.model
     fewer = _halved(needs)
     while capacity_gib and fewer.total > capacity_gib * GIB and fewer.tokens > needs.longest:
@@ -161,6 +179,9 @@ def _smaller_rows(needs: Needs, config: Config, capacity_gib: float | None) -> I
         saved = needs.activations - replace(needs, recompute_every=1).activations
         every = " model.gradient_checkpointing_every=1" if model.gradient_checkpointing_every > 1 else ""
         yield f"model.enable_gradient_checkpointing=true{every}: about {gib(saved)} less, a third more time."
+    elif has_own_memory and not model.enable_activation_offload:
+        saved = needs.activations - replace(needs, activation_offload=True).activations
+        yield f"model.enable_activation_offload=true: about {gib(saved)} less on the device, the same result."
 
 
 def _halved(needs: Needs) -> Needs:
@@ -169,11 +190,19 @@ def _halved(needs: Needs) -> Needs:
 
 def _fewer_numbers(needs: Needs, config: Config, has_own_memory: bool) -> Iterator[str]:
     model, engine = config.model, config.engine
+    if saved := needs.fixed - replace(needs, stays_gathered=False).fixed:
+        yield f"engine.reshard_after_forward=true: {gib(saved)} less, more talk between processes, the same result."
     if not (model.lora_rank or model.lora_adapter_path):
         adapters = replace(needs, num_trained=0, reference=False)
         yield f"model.lora_rank=16 with ten times the rate: {gib(needs.fixed - adapters.fixed)} less, only adapters learn."
+    elif needs.num_linear and not model.load_in_4bit:
+        saved = needs.fixed - replace(needs, in_4bit=True).fixed
+        yield f"model.load_in_4bit=true: {gib(saved)} less, frozen weights are rounded, slower."
     if has_own_memory and not engine.optimizer_offload:
         yield f"engine.optimizer_offload=true: {gib(needs.averages)} less on the device."
+    if config.optim.optimizer == "adamw" and not needs.optimizer_offload:
+        saved = needs.averages - replace(needs, averages_in_8bit=True).averages
+        yield f"optim.optimizer=adamw_8bit: {gib(saved)} less, nearly the same result, slower steps of the optimizer."
     if has_own_memory and not engine.param_offload:
         yield f"engine.param_offload=true: {gib(needs.at_rest + needs.gradients)} less on the device, slower."
     if has_own_memory and needs.reference and not engine.reference_offload:
@@ -182,7 +211,7 @@ def _fewer_numbers(needs: Needs, config: Config, has_own_memory: bool) -> Iterat
         saved = needs.activations - replace(needs, computed_bytes=2).activations
         yield f"model.dtype=bfloat16: about {gib(saved)} less, and faster where the device is made for it."
     if needs.kept_bytes == 4 and needs.num_trained == needs.num_weights:
-        saved = (needs.at_rest + needs.gradients + needs.averages + needs.copy) / 2
+        saved = needs.fixed - replace(needs, kept_bytes=2).fixed
         yield f"model.weights_dtype=bfloat16: {gib(saved)} less, and small updates are lost."
 
 

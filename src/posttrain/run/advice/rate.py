@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from posttrain.config.schema import OptimOptions
 from posttrain.run.advice.advice import ADAPTERS_BEAR, Advice, Seen, number
+from posttrain.wording import counted
 
 UNUSUAL = 5  # times beyond the range before anything is said: what tutorials name is a rule of thumb
 SMALL, TINY = 1e9, 1e8  # weights; below, much higher rates are usual than for what tutorials call small
@@ -126,13 +127,13 @@ def few_updates(seen: Seen) -> Advice | None:
     rows, epochs = seen.rows.get("rows_used", 0), max(trainer.total_epochs + 2, 5)
     smaller = max(1, rows * trainer.total_epochs // 100)
     remedies = [
-        f"trainer.total_epochs={epochs}: {seen.steps_per_epoch * epochs} steps; validation (data.val_files) tells when it is enough."
+        f"trainer.total_epochs={epochs}: {counted(seen.steps_per_epoch * epochs, 'step')}; validation (data.val_files) tells when it is enough."
     ]
     if smaller < data.train_batch_size:
         steps = -(-rows // smaller) * trainer.total_epochs
-        remedies.insert(0, f"data.train_batch_size={smaller}: {steps} steps.")
+        remedies.insert(0, f"data.train_batch_size={smaller}: {counted(steps, 'step')}.")
     found = (
-        f"{rows:,} rows in batches of {data.train_batch_size} make {seen.num_updates} steps in {trainer.total_epochs} "
-        f"{'epoch' if trainer.total_epochs == 1 else 'epochs'}, too few to learn much in."
+        f"{counted(rows, 'row')} in batches of {data.train_batch_size} make {counted(seen.num_updates, 'step')} in "
+        f"{counted(trainer.total_epochs, 'epoch')}, too few to learn much in."
     )
     return Advice("few-updates", found, remedies)

@@ -15,8 +15,7 @@ def dropped_rows(seen: Seen) -> Advice | None:
         return None
     reasons = "; ".join(f"{count:,}: {reason}" for reason, count in seen.rows_dropped.items())
     found = f"{dropped:,} of {read:,} rows ({dropped / read:.0%}) are left out ({reasons})."
-    files = " ".join(seen.config.data.train_files)
-    remedies = [f"See each with its line: posttrain data check {files}"]
+    remedies = [f"See each with its line: posttrain data check {seen.config.trainer.default_local_dir}/config.yaml"]
     if any("long" in reason for reason in seen.rows_dropped):
         remedies.append(
             f"Keep long ones: data.max_length above {seen.config.data.max_length}, or data.truncation=right."
@@ -33,7 +32,7 @@ def few_trained_tokens(seen: Seen) -> Advice | None:
         "few-trained-tokens",
         f"{trained:,} of {tokens:,} tokens ({trained / tokens:.2%}) are trained; the rest is context.",
         [
-            f"Look at which: posttrain data show --files {seen.config.data.train_files[0]}",
+            f"Look at which: posttrain data show {seen.config.trainer.default_local_dir}/config.yaml",
             "data.train_on=all and data.train_roles decide whose turns are trained; a row's own loss_mask comes first.",
         ],
     )
