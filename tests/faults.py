@@ -23,6 +23,8 @@ def faulty(self, step, world):
         os.kill(os.getpid(), signal.SIGSTOP)
     if FAULT == "breaks" and at_fault:
         raise ValueError("a shard is broken")
+    if FAULT == "crashes" and at_fault:
+        os.kill(os.getpid(), signal.SIGSEGV)  # as a library's native code does
     if FAULT == "is_paused_then_sleeps":
         if step == 1:  # as by Ctrl-Z and `fg`, for twice the timeout
             subprocess.Popen(["sh", "-c", f"sleep 7; kill -CONT {os.getpid()}"])

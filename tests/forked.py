@@ -68,9 +68,16 @@ class Group:
         for process in self.processes:
             process.join(max(0.0, until - time.monotonic()))
         hung = [rank for rank, process in enumerate(self.processes) if process.is_alive()]
+        for rank in hung:
+            os.kill(self.processes[rank].pid, signal.SIGABRT)  # upon which the command writes its stacks
+            self.processes[rank].join(5.0)
         self.kill(hung)
         assert not hung, f"processes {hung} of {self.size} did not end:\n{self.output()}"
         return [process.exitcode for process in self.processes]
+
+    def ends(self, codes: list[int]) -> None:
+        """Fails where its processes end with others."""
+        assert (found := self.wait()) == codes, f"exit codes {found}:\n{self.output()}"
 
     def kill(self, ranks: list[int]) -> None:
         for rank in ranks:
@@ -119,7 +126,7 @@ def run(arguments: list[Any], folder: Path, size: int = 1, code: int = 0, begin:
     """What `posttrain ARGUMENTS` said in so many processes. Fails where one ends with another code, or by a traceback.
     `begin`: what changes something first, and then calls `command`."""
     group = start(begin, size, [str(argument) for argument in arguments], said=folder / "said")
-    assert group.wait() == [code] * size, group.output()
+    group.ends([code] * size)
     assert "Traceback" not in group.output(), group.output()
     return group.output()
 

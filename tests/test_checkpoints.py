@@ -147,7 +147,7 @@ def restored_equals(rank: int, size: int, folder: Path) -> None:
 
 def run(function, size: int, *arguments, said: Path) -> None:
     group = forked.start(function, size, *arguments, said=said)
-    assert group.wait() == [0] * size, group.output()
+    group.ends([0] * size)
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -243,7 +243,7 @@ def test_a_run_killed_after_it_stopped_early_does_not_train_on(tiny, tmp_path):
     )  # fmt: skip
     die = forked.Moment("os.rename", r"\.checkpoint-final\.tmp")
     group = forked.start(forked.sft, 1, arguments, die, said=tmp_path / "said")
-    assert group.wait() == [-9], group.output()
+    group.ends([-9])
     before = records(tmp_path / "run")
     run(forked.sft, 1, arguments, said=tmp_path / "said")
     state = json.loads((tmp_path / "run" / "run.json").read_text())

@@ -33,7 +33,7 @@ def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("home")
     forked.start_server()
     made = forked.start(documented.furnish, 1, folder, said=folder / "said")
-    assert made.wait() == [0], made.output()
+    made.ends([0])
     return folder
 
 

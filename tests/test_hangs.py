@@ -157,6 +157,15 @@ def test_a_rank_that_fails_alone_says_why(posttrain):
         assert "rank 0 lost contact with another process at step 3, forward and backward" in ranks.ends(0, 3)
 
 
+@pytest.mark.slow
+def test_a_rank_0_that_crashes_shows_its_stacks_and_another_says_that_it_is_gone(posttrain):
+    posttrain.environment["FAULTY_RANK"] = "0"
+    with Ranks(posttrain, "crashes", 2) as ranks:
+        said = ranks.ends(0, -signal.SIGSEGV)
+        assert "Fatal Python error: Segmentation fault" in said and "in faulty" in said
+        assert "rank 1 lost contact with another process at step 3" in ranks.ends(1, 3)
+
+
 def test_preparing_rows_shows_its_progress_chunk_by_chunk(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "ROWS_A_CHUNK", 50)
     options = [f"data.train_files={tiny / 'train.parquet'}", f"model.path={tiny / 'model'}"]

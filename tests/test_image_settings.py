@@ -66,7 +66,7 @@ def said(tmp_path_factory) -> dict[str, str]:
     commands.append(["data", "check", "--files", "seen.jsonl", "--tokenizer", "runs/2"])
     forked.start_server()
     group = forked.start(_all, 1, folder, commands, said=folder / "said")
-    assert group.wait() == [0], group.output()
+    group.ends([0])
     parts = group.output().split("$ ")[1:]
     return {command[-1]: part for command, part in zip(commands, parts, strict=True)}
 

@@ -55,7 +55,7 @@ def undisturbed(tiny, place) -> dict[int, tuple[Path, float]]:
         shutil.rmtree(run, ignore_errors=True)
         started = time.monotonic()
         group = start(tiny, run, size)
-        assert group.wait() == [0] * size, group.output()
+        group.ends([0] * size)
         found[size] = run, time.monotonic() - started
     return found
 
@@ -84,7 +84,7 @@ def goes_on(tiny: Path, run: Path, size: int, expected: Path) -> None:
     """The same command again; it says where it goes on, from the newest checkpoint that was complete."""
     complete = [int(p.parent.name.split("-")[1]) for p in run.glob("checkpoint-*/progress.json")]
     group = start(tiny, run, size)
-    assert group.wait() == [0] * size, group.output()
+    group.ends([0] * size)
     resumed = re.findall(r"resumed from \S+: step (\d+)", group.output())
     assert resumed == [str(max(complete))] if complete else not resumed, group.output()
     same(run, expected)

@@ -27,7 +27,7 @@ def fail():
 def test_an_error_of_one_process_is_raised_on_all(tmp_path):
     forked.start_server()
     group = forked.start(agreeing, 3, said=tmp_path / "said")
-    assert group.wait() == [0, 0, 0], group.output()
+    group.ends([0, 0, 0])
 
 
 def test_unpacked_rows_of_two_processes_give_the_losses_of_packed_ones(tiny, tmp_path):

@@ -332,7 +332,7 @@ def _several(rank: int, size: int, home: Path, commands: list[list[str]]) -> Non
 
 def run_all(home: Path, commands: list[list[str]], size: int = 1) -> str:
     group = forked.start(_several, size, home, commands, said=home / "said")
-    assert group.wait() == [0] * size, group.output()
+    group.ends([0] * size)
     return group.output()
 
 

@@ -397,7 +397,7 @@ def test_commands_run(tiny, folder):
         for number, command in enumerate(RUNS)
     ]
     group = forked.start(run_all, 1, folder, commands, said=folder / "said.txt")
-    assert group.wait() == [0], group.output()
+    group.ends([0])
     for number, command in enumerate(RUNS):
         run = folder / f"run-{number}"
         state = json.loads((run / "run.json").read_text())

@@ -16,6 +16,10 @@ class LocalError(RunError):
     """What ends this process alone: the others do not raise it, and lose contact instead."""
 
 
+class LostContact(RunError):
+    """Another process went away while this one talked to it."""
+
+
 class OutOfMemory(LocalError):
     """Memory ran out in this process."""
 

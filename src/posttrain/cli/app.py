@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import sys
 from collections.abc import Callable
@@ -34,7 +35,7 @@ from posttrain.cli.begin import (
 )
 from posttrain.cli.data import data_app
 from posttrain.cli.recipes import recipes_app
-from posttrain.errors import InputError, LocalError, RunError, RunStopped
+from posttrain.errors import InputError, LocalError, LostContact, RunError, RunStopped
 from posttrain.wording import counted
 
 if TYPE_CHECKING:
@@ -237,6 +238,8 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if sys.__stderr__ is not None and not faulthandler.is_enabled():  # a crash in native code says in which line
+        faulthandler.enable(sys.__stderr__)
     code = _exit_code(lambda: app(standalone_mode=False))
     if code and "RANK" in os.environ:  # threads of a group that broke can abort the interpreter's own end
         sys.stdout.flush()
@@ -249,6 +252,10 @@ def _exit_code(command: Callable[[], object]) -> int:
     try:
         result = command()
         return result if isinstance(result, int) else 0
+    except LostContact as error:
+        if is_main() or not _is_started_by_us():  # where rank 0 is the one that is gone, another must say so
+            print(error, file=sys.stderr)
+        return 3
     except LocalError as error:
         if not _tell_launcher(error):
             _complain(error, of_any_rank=True)
@@ -294,6 +301,11 @@ def _tell_launcher(error: Exception) -> bool:
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
     get_error_handler().record_exception(error)
+    return _is_started_by_us()
+
+
+def _is_started_by_us() -> bool:
+    """Whether our launcher started this worker: it says which one was lost."""
     return os.environ.get("ROLE_NAME") == "posttrain"
 
 

@@ -25,7 +25,7 @@ from datetime import timedelta
 from torch.distributed import DistError, PrefixStore, TCPStore
 
 from posttrain.distributed.verdict import WATCHERS, Place, Report, all_stacks, own_report, verdict
-from posttrain.errors import InputError, RunError
+from posttrain.errors import InputError, LostContact, RunError
 from posttrain.run.folder import RunFolder
 
 FAILED = 3  # exit code of a run that failed
@@ -226,7 +226,7 @@ class Watchdog:
 def watching(timeout_seconds: float) -> Iterator[Watchdog]:
     """A watchdog that watches while inside; with a timeout of 0 it only knows what this process is doing.
 
-    Raises RunError where another process went away while this one talked to it.
+    Raises LostContact.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     watchdog = Watchdog(timeout_seconds, rank, size)
@@ -238,7 +238,7 @@ def watching(timeout_seconds: float) -> Iterator[Watchdog]:
         if not _lost_contact(error):
             raise
         cause = str(error).splitlines()[0]
-        raise RunError(f"rank {rank} lost contact with another process at {watchdog.place}: {cause}") from None
+        raise LostContact(f"rank {rank} lost contact with another process at {watchdog.place}: {cause}") from None
     finally:
         watchdog.close()
 
