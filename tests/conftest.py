@@ -7,12 +7,15 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 
 import pytest
 
 import posttrain.models
 
+PORTS = count(os.getpid())
 DATA_BESIDE_THE_REPOSITORY = Path(__file__).parents[2] / "shared" / "data"
 
 
@@ -101,9 +104,14 @@ def posttrain(tiny, tmp_path) -> Command:
 
 
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return listener.getsockname()[1]
+    """For a process that will listen there once it has started: one that the system gives nobody until then, as it does
+    with those from 32768 on, and that no other worker of pytest takes."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    while True:
+        port = 12000 + 1000 * (worker % 20) + next(PORTS) % 1000
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("localhost", port))
+            return port
 
 
 def records(run: Path, phase: str = "train") -> list[dict]:
