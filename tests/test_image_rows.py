@@ -17,7 +17,7 @@ from posttrain.data.formats import Columns, RowError, to_conversation
 from posttrain.data.images import reading
 from posttrain.data.images.expansion import look_at_all
 from posttrain.data.images.reading import decode
-from posttrain.data.images.references import NOT_MARKED, num_images
+from posttrain.data.images.references import NOT_MARKED, TYPED, num_images
 from posttrain.records import Conversation, ImageSource
 
 SEEN = picture(5, 3)
@@ -121,7 +121,7 @@ def test_marks_become_parts_and_the_text_around_them_stays(folder):
     own = {"type": "image", "image": "own.png"}
     mixed = read({"messages": [user(own, text("<image>"), {**PART, "index": 0}), ANSWER], "images": ["/1.png"]})
     assert mixed.messages[0]["content"] == [PART, text("<image>"), PART]
-    assert [Path(image.path).name for image in mixed.images] == ["own.png", "1.png"]
+    assert [Path(image.path).name for image in mixed.images] == ["own.png", "1.png"] and mixed.notes == (TYPED,)
     # a mark in a text among parts; a system message keeps its form
     parts = [{"role": "system", "content": "s"}, user(text("a<image>b"), text("c")), ANSWER]
     assert contents({"messages": parts, "images": "1"})[:2] == ["s", [text("a"), PART, text("b"), text("c")]]

@@ -143,7 +143,8 @@ def test_a_tokenizer_is_named_as_a_model_is(said):
         assert "2 rows, 2 can be used" in said[name] and "code 0" in said[name], said[name]
 
 
-def test_without_its_packages_the_command_is_named_that_leaves_torch_as_it_is(monkeypatch):
+@pytest.mark.parametrize(("package", "module"), [("torchvision", "torchvision"), ("pillow", "PIL")])
+def test_without_a_package_the_command_is_named_that_leaves_torch_as_it_is(package, module, monkeypatch):
     import torch
 
     from posttrain import extras, models
@@ -152,9 +153,11 @@ def test_without_its_packages_the_command_is_named_that_leaves_torch_as_it_is(mo
     from posttrain.models.load import load_processor
     from posttrain.records import ImageSource
 
-    monkeypatch.setattr(extras, "find_spec", lambda name: None)
+    monkeypatch.setattr(extras, "find_spec", lambda name: None if name == module else "there")
     command = re.escape(f"`pip install torch=={torch.__version__.partition('+')[0]} 'posttrain[images]'`")
-    with pytest.raises(InputError, match=f"Images need the package pillow, which is missing. Install it by {command}"):
-        decode(ImageSource(data=b""))
-    with pytest.raises(InputError, match=f"needs the package torchvision, which is missing. Install it by {command}"):
+    missing = f"the package {package}, which is missing. Install it by {command}"
+    with pytest.raises(InputError, match=f"needs {missing}"):
         load_processor(str(Path(models.__file__).with_name("tiny_vision")))
+    if module == "PIL":
+        with pytest.raises(InputError, match=f"Images need {missing}"):
+            decode(ImageSource(data=b""))

@@ -125,7 +125,8 @@ def load_processor(
                 f"model.processor_kwargs: {path} is a text model and has no processor of images; leave it out."
             )
         return None
-    check_images_installed("torchvision", "torchvision", f"{path} reads images and needs")
+    for package, module in (("torchvision", "torchvision"), ("pillow", "PIL")):
+        check_images_installed(package, module, f"{path} reads images and needs")
     missing = f"{path} sees images and has no processor of them; copy {' or '.join(PROCESSOR_FILES)} from the model that it was made of."
     if folder.is_dir() and not any((folder / name).exists() for name in PROCESSOR_FILES):
         raise InputError(missing)

@@ -24,6 +24,7 @@ PART = {"type": "image"}
 DISAGREE, BAD_IMAGE, IN_AN_ANSWER = "marks and images disagree", "bad image", "image in an answer"
 NOT_MARKED = "no mark says where the images stand: they were put before the text of the first user message"
 NO_IMAGE = f"{MARK} stays text, for the row has no image; if it stands in another column, name that by data.image_key"
+TYPED = f"{MARK} stays text, for the row's images are parts of their own; take it out of the text if it stands for one of them"
 _PART_TYPES = ("image", "image_url", "input_image")
 _LIKE_AN_IMAGE = re.compile(r"image|img|picture|photo", re.IGNORECASE)
 _PLACES = ("bytes", "path", "image", "url", "image_url", "base64", "data")  # keys that hold an image, in this order
@@ -52,9 +53,10 @@ def with_images(messages: Messages, column: Any, folder: str) -> tuple[Messages,
             raise RowError(
                 IN_AN_ANSWER, f"message {number} is the assistant's and holds an image; models answer in text"
             )
+    typed = any(MARK in text for message in messages if message["role"] == "user" for text in _texts(message))
     if not parts:
-        typed = any(MARK in text for message in messages if message["role"] == "user" for text in _texts(message))
         return messages, (), [NO_IMAGE] if typed else []
+    notes += [TYPED] if typed else []
     held = [_held_by(part, folder) for part in parts]
     _check_agree([part for part, image in zip(parts, held, strict=True) if image is None], len(in_column))
     rest = iter(in_column)
