@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import re
@@ -69,15 +70,15 @@ class Group:
             process.join(max(0.0, until - time.monotonic()))
         hung = [rank for rank, process in enumerate(self.processes) if process.is_alive()]
         for rank in hung:
-            os.kill(self.processes[rank].pid, signal.SIGABRT)  # upon which the command writes its stacks
+            os.kill(self.processes[rank].pid, signal.SIGABRT)  # upon which it writes its stacks
             self.processes[rank].join(5.0)
         self.kill(hung)
         assert not hung, f"processes {hung} of {self.size} did not end:\n{self.output()}"
         return [process.exitcode for process in self.processes]
 
-    def ends(self, codes: list[int]) -> None:
+    def ends(self, codes: list[int], seconds: float = SECONDS) -> None:
         """Fails where its processes end with others."""
-        assert (found := self.wait()) == codes, f"exit codes {found}:\n{self.output()}"
+        assert (found := self.wait(seconds)) == codes, f"exit codes {found}:\n{self.output()}"
 
     def kill(self, ranks: list[int]) -> None:
         for rank in ranks:
@@ -135,6 +136,7 @@ def _run(function: Callable, rank: int, size: int, port: int, said: Path, argume
     stream = os.open(said, os.O_WRONLY | os.O_APPEND)
     os.dup2(stream, 1)
     os.dup2(stream, 2)
+    faulthandler.enable(2)
     if size > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
         os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}

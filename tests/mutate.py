@@ -250,6 +250,17 @@ def worker(rank: int, size: int, run: Callable, copies: list[Path], models: Path
             torch.save(said, results / f"{number}.said.pt")
 
 
+def none_lives(mutations: list[Mutation], run: Callable, models: Path, folder: Path) -> None:
+    """Fails where `run` says nothing of a copy of the source with one of the mutations, or something of the source itself."""
+    copies = [SOURCE, *(mutate(folder, mutation) for mutation in mutations)]
+    forked.start_server()
+    forked.start(worker, SIZE, run, copies, models, folder, said=folder / "said").ends([0] * SIZE, seconds=600)
+    untouched, *mutants = (torch.load(folder / f"{number}.said.pt") for number in range(len(copies)))
+    assert untouched == [], f"the code as it stands differs: {untouched}"
+    alive = [mutation.what for mutation, said in zip(mutations, mutants, strict=True) if not said]
+    assert not alive, f"nothing noticed code that {', that '.join(alive)}"
+
+
 def run_mutant(copy: int, models: Path, results: Path) -> list[str]:
     """What differs from the code that is right; an error that it ran into counts as well."""
     from posttrain.distributed.device import choose_device
@@ -300,14 +311,7 @@ def test_the_comparison_of_rows_with_images_lets_no_mutation_live(tmp_path):
     torch.set_num_threads(1)
     write_tiny_vision_model(tmp_path / "qwen3_vl", "qwen3_vl")
     torch.save(seeing_work(Layout("qwen3_vl"), alone(), tmp_path), tmp_path / "expected.pt")
-    copies = [SOURCE, *(mutate(tmp_path, mutation) for mutation in IMAGE_MUTATIONS)]
-    forked.start_server()
-    group = forked.start(worker, SIZE, run_seeing_mutant, copies, tmp_path, tmp_path, said=tmp_path / "said")
-    assert group.wait(300) == [0] * SIZE, group.output()
-    untouched, *mutants = (torch.load(tmp_path / f"{number}.said.pt") for number in range(len(copies)))
-    assert untouched == [], f"the code as it stands differs: {untouched}"
-    alive = [mutation.what for mutation, said in zip(IMAGE_MUTATIONS, mutants, strict=True) if not said]
-    assert not alive, f"nothing noticed code that {', that '.join(alive)}"
+    none_lives(IMAGE_MUTATIONS, run_seeing_mutant, tmp_path, tmp_path)
 
 
 @pytest.mark.slow
@@ -318,14 +322,7 @@ def test_the_comparison_of_layouts_lets_no_mutation_live(models, tmp_path):
     torch.set_num_threads(1)
     for number, layout in enumerate(quick_layouts()):
         torch.save(quick_work(plain(layout), alone(), models), tmp_path / f"expected-{number}.pt")
-    copies = [SOURCE, *(mutate(tmp_path, mutation) for mutation in MUTATIONS)]
-    forked.start_server()
-    group = forked.start(worker, SIZE, run_mutant, copies, models, tmp_path, said=tmp_path / "said")
-    assert group.wait(600) == [0] * SIZE, group.output()
-    untouched, *mutants = (torch.load(tmp_path / f"{number}.said.pt") for number in range(len(copies)))
-    assert untouched == [], f"the code as it stands differs: {untouched}"
-    alive = [mutation.what for mutation, said in zip(MUTATIONS, mutants, strict=True) if not said]
-    assert not alive, f"nothing noticed code that {', that '.join(alive)}"
+    none_lives(MUTATIONS, run_mutant, models, tmp_path)
 
 
 def masks_are_noticed(copies: list[Path], folder: Path) -> list[int]:

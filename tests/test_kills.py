@@ -122,7 +122,7 @@ def test_one_of_two_processes_killed_while_saving_ends_the_other(moment, tiny, p
         die = Moment("open", r"\.checkpoint-6\.tmp/state/__1_0", rank=1)
     group = start(tiny, run, 2, die)
     codes = group.wait()
-    assert sorted(codes) == [-9, 3], group.output()
+    assert sorted(codes) == [-9, 3], f"exit codes {codes}:\n{group.output()}"
     assert not (run / "checkpoint-6").exists()
     goes_on(tiny, run, 2, undisturbed[2][0])
 

@@ -211,7 +211,7 @@ def test_every_layout_computes_what_one_process_computes(size, models, tmp_path)
     if size > 1:
         forked.start_server()
         group = forked.start(worker, size, models, tmp_path, said=tmp_path / "said")
-        assert group.wait(600) == [0] * size, group.output()
+        group.ends([0] * size, seconds=600)
     problems: list[str] = []
     differences: list[float] = []
     for number, layout in enumerate(layouts(size)):

@@ -200,7 +200,7 @@ def test_two_processes_see_and_learn_what_one_does(seeing, tmp_path):
     torch.set_num_threads(1)
     forked.start_server()
     group = forked.start(worker, 2, seeing, tmp_path, said=tmp_path / "said")
-    assert group.wait(400) == [0, 0], group.output()
+    group.ends([0, 0], seconds=400)
     for number, layout in enumerate(LAYOUTS):
         found = torch.load(tmp_path / f"{number}.pt", weights_only=False)
         plain = replace(layout, sequence=1, fsdp_size=None, recompute=False)
